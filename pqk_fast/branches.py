@@ -1,0 +1,187 @@
+"""Student and full net of phase 2 inside one model: choose a branch, or run both at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqk_fast.config import check_choice
+from pqk_fast.layers import DualBatchNorm, PQKLayer
+
+MODES = ("auto", "two_pass", "stacked")
+
+
+def pqk_layers(model: nn.Module) -> dict[str, PQKLayer]:
+    """The model's PQK layers by module name, in order; a layer used twice appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PQKLayer)}
+
+
+def require_prepared(model: nn.Module) -> dict[str, PQKLayer]:
+    """:func:`pqk_layers`, or ValueError if there are none."""
+    layers = pqk_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no PQK layers: call pqk_fast.prepare(model, config) first")
+    return layers
+
+
+class branch:
+    """One branch of a prepared model: ``branch(model, "teacher")(x)``, or ``with branch(model, "teacher"): ...``.
+
+    "student" is what ``model(x)`` is anyway; "teacher" is the full net (latent weights, its own BatchNorm); "stacked"
+    takes ``[x_student; x_teacher]`` of 2B rows (see :func:`dual_forward`). Outside, every module is as it was.
+
+    Raises ValueError for another name or an unprepared model.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        check_choice("branch", name, ("student", "teacher", "stacked"))
+        require_prepared(model)
+        self.model = model
+        self.name = name
+        self._before: list[list[tuple[Any, str]]] = []
+
+    def __enter__(self) -> nn.Module:
+        modules = [m for m in self.model.modules() if isinstance(m, PQKLayer | DualBatchNorm)]
+        self._before.append([(module, module.branch) for module in modules])
+        for module in modules:
+            module.branch = self.name
+        return self.model
+
+    def __exit__(self, *_: object) -> None:
+        for module, name in self._before.pop():
+            module.branch = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return self.model(*args, **kwargs)
+
+
+def _map(function: Callable[[Tensor], Any], tree: Any, what: str) -> Any:
+    """``function`` of every tensor of a tensor, tuple, list or dict; other leaves of an input pass through."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: _map(function, value, what) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        values = [_map(function, value, what) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(
+        f"stacked forward can split tensors, tuples, lists and dicts; the model's {what} holds a "
+        f"{type(tree).__name__}: use mode='two_pass'"
+    )
+
+
+def _stacked(model: nn.Module, x: Any, index: Tensor | None = None) -> tuple[Any, Any]:
+    """One forward of ``[x; x]``, or of ``[x; x[index]]``."""
+    both = branch(model, "stacked")(_map(lambda t: torch.cat([t, t if index is None else t[index]]), x, "input"))
+    return tuple(_map(lambda t, half=half: t.chunk(2)[half], both, "output") for half in (0, 1))  # type: ignore[misc]
+
+
+def _two_pass(model: nn.Module, x: Any, index: Tensor | None = None) -> tuple[Any, Any]:
+    x_teacher = x if index is None else _map(lambda t: t[index], x, "input")
+    return branch(model, "student")(x), branch(model, "teacher")(x_teacher)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; buffers and random state are afterwards what they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    rates: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        for name, kinds in (("p", nn.modules.dropout._DropoutNd), ("dropout", (nn.MultiheadAttention, nn.RNNBase))):
+            if isinstance(module, kinds):
+                rates.append((module, name, getattr(module, name)))
+                setattr(module, name, 0.0)
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(found.append, tree, "output")
+    return found
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(b.abs().amax()) if b.numel() else 0.0
+    tolerance = 100 * torch.finfo(a.dtype).eps
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def why_not_stacked(model: nn.Module, x: Any) -> str | None:
+    """None if one stacked forward of ``x`` equals two passes, in outputs and buffers; otherwise what differs.
+
+    Dropout is off for the comparison; buffers, gradients and random state are left as they were. Stacking is right only
+    where dimension 0 is the batch everywhere and samples do not meet: not for sequence-first transformers, operations
+    over the batch, or a division by the batch size.
+    """
+    sizes = {tensor.shape[:1] for tensor in _tensors(x)}
+    if len(sizes) != 1 or sizes == {torch.Size()}:
+        return f"the input's tensors have no batch dimension in common: sizes of dimension 0 are {sorted(sizes)}"
+    # The teacher gets every other sample twice: from two equal halves, a mean over the batch, say, would look right.
+    index = torch.arange(sizes.pop()[0], device=_tensors(x)[0].device) // 2
+    with _undisturbed(model):
+        start = [buffer.clone() for buffer in model.buffers()]
+        expected = _two_pass(model, x, index)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for buffer, value in zip(model.buffers(), start, strict=True):
+            buffer.copy_(value)
+        try:
+            got = _stacked(model, x, index)
+            pairs = list(zip(_tensors(got), _tensors(expected), strict=True))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            return f"the stacked forward failed: {error}"
+        for a, b in pairs:
+            if a.shape != b.shape:
+                return f"an output has shape {tuple(a.shape)} stacked and {tuple(b.shape)} in two passes"
+            if not _close(a, b):
+                return (
+                    f"outputs differ by up to {float((a - b).abs().max()):.3g}: dimension 0 is not the batch "
+                    "everywhere, or samples of a batch meet"
+                )
+        for name, buffer in model.named_buffers():
+            if not _close(buffer, buffers[name]):
+                return f"buffer {name!r} is updated differently"
+    return None
+
+
+def dual_forward(model: nn.Module, x: Any, mode: str = "auto") -> tuple[Any, Any]:
+    """Student's and teacher's outputs for one batch ``x`` (a tensor, or tuple, list or dict of tensors).
+
+    ``two_pass`` runs the model twice and is always right. ``stacked`` runs ``[x; x]`` through it once, every PQK layer
+    giving the first half the student's weights and the second half the teacher's; it needs dimension 0 to be the batch
+    everywhere and samples that do not meet, which is *not* checked. ``auto`` compares the two on the model's first
+    batch (:func:`why_not_stacked`), warns and stays with two_pass if they differ; if they agree it takes the faster:
+    stacked on a GPU, two_pass on the CPU. Its decision is kept in ``model.stacked_is_right``; ``start_phase2`` resets
+    it.
+
+    Raises ValueError for another mode or an unprepared model.
+    """
+    check_choice("mode", mode, MODES)
+    if mode == "auto":
+        if getattr(model, "stacked_is_right", None) is None:
+            reason = why_not_stacked(model, x)
+            model.stacked_is_right = reason is None  # type: ignore[assignment]
+            if reason is not None:
+                warnings.warn(f"dual_forward falls back to two passes: {reason}", stacklevel=2)
+        on_gpu = any(t.is_cuda for t in _tensors(x))
+        mode = "stacked" if model.stacked_is_right and on_gpu else "two_pass"
+    return _stacked(model, x) if mode == "stacked" else _two_pass(model, x)

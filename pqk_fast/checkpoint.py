@@ -1,0 +1,49 @@
+"""Checkpoints: written whole or not at all, read without running foreign code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "pqk_fast checkpoint"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, torn, foreign, or of another version."""
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write ``content`` (tensors, numbers, strings, dicts, lists) atomically: temporary file, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read what :func:`save_checkpoint` wrote. CheckpointError says what is wrong with any other file."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; a run folder holds one once its first epoch is done")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(f"{path} is torn or not a checkpoint of this library: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this library: expected format {FORMAT!r}")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {content.get('version')!r}; this library reads version {VERSION}")
+    return content

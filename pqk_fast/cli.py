@@ -1,0 +1,204 @@
+"""The command line: ``pqk-fast demo | train | eval | recipes | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pqk_fast
+from pqk_fast import native, report
+from pqk_fast.branches import branch
+from pqk_fast.callbacks import ProgressDisplay
+from pqk_fast.checkpoint import load_checkpoint
+from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names
+from pqk_fast.data.load import Batches, Splits, load_splits, speech_splits, word_folder_batches
+from pqk_fast.data.spoken_words import make_spoken_words, write_spoken_words
+from pqk_fast.experiments.run import RESULT_NAMES, run_recipe
+from pqk_fast.models import create_model
+from pqk_fast.prepare import prepare, start_phase2
+from pqk_fast.record import environment
+from pqk_fast.trainer import TrainingDivergedError, accuracy
+
+console = Console(highlight=False)
+
+
+def _run(recipe: Recipe, splits: Splits, out: Path, device: str) -> None:
+    """Train, then show the table and say where everything is."""
+    sizes = ", ".join(f"{count} {split}" for split, count in splits.sizes.items())
+    console.print(f"[bold]{recipe.name}[/]: {recipe.model} on {recipe.data.name} ({sizes}), device {device}")
+    record = run_recipe(recipe, splits, out, device, [ProgressDisplay(console)])
+    console.print(report.results_table(record))
+    console.print(report.layers_table(record)) if "layers" in record else None
+    written = ["record.json", "checkpoint.pt"]
+    try:
+        report.plot_curves(record, out / "curves.png")
+        written.append("curves.png")
+    except ImportError as error:
+        console.print(f"no picture of the curves: {error}")
+    console.print(f"{out}: {', '.join(written)}")
+
+
+def _seconds_since(start: float) -> str:
+    return f"{time.perf_counter() - start:.1f} s"
+
+
+def demo(args: argparse.Namespace) -> None:
+    recipe = load_recipe("demo", args.set)
+    if (args.out / "record.json").exists():
+        # A demo is made to be run again.
+        for name in ("record.json", "checkpoint.pt", "curves.png"):
+            (args.out / name).unlink(missing_ok=True)
+    start = time.perf_counter()
+    with console.status("synthesizing spoken words"):
+        data = make_spoken_words(seed=recipe.seed)
+    console.print(f"spoken words made in {_seconds_since(start)}")
+    if args.keep_data:
+        write_spoken_words(data, args.keep_data)
+        console.print(f"written to {args.keep_data}")
+    _run(recipe, speech_splits(data, recipe.data.batch_size, args.device), args.out, args.device)
+    console.print(f"whole demo: {_seconds_since(start)}")
+
+
+def train(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.recipe, args.set)
+    splits = load_splits(recipe.data, args.data, args.device, args.download)
+    _run(recipe, splits, args.out or Path("runs") / recipe.name, args.device)
+
+
+def _restore(recipe: Recipe, saved: dict[str, Any], device: str) -> torch.nn.Module:
+    """The model of one stage as the checkpoint has it."""
+    model = create_model(recipe.model, recipe.data.classes)
+    if saved["phase"]:
+        prepare(model, recipe.pqk)
+    model.to(device).load_state_dict(saved["state"])
+    if saved["phase"] == 2:
+        start_phase2(model)
+        model.load_state_dict(saved["state"])
+    return model
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    checkpoint = load_checkpoint(args.run / "checkpoint.pt" if args.run.is_dir() else args.run, args.device)
+    recipe = recipe_from_dict(checkpoint["recipe"])
+    batches: dict[str, Batches]
+    if args.split == "all":
+        batches = {"all clips": word_folder_batches(recipe.data, args.data, args.device)}
+    else:
+        splits = load_splits(recipe.data, args.data, args.device)
+        found = splits.validation if args.split == "validation" else splits.testing
+        if found is None:
+            raise ValueError(f"{recipe.data.name} has no {args.split} split with this recipe (data.validation = 0)")
+        batches = {args.split: found}
+    (name, split), *_ = batches.items()
+    table = Table(title=f"{recipe.name}, {name}: accuracy, %")
+    table.add_column("network")
+    table.add_column("accuracy", justify="right")
+    for (stage, view), result in RESULT_NAMES.items():
+        if stage in checkpoint["stages"]:
+            model = _restore(recipe, checkpoint["stages"][stage], args.device)
+            forward = branch(model, "teacher") if view == "validation_f" else model
+            table.add_row(result, f"{accuracy(model, split, forward):.1f}")
+    console.print(table)
+
+
+def recipes(args: argparse.Namespace) -> None:
+    table = Table("recipe", "model", "bits", "sparsity", "steps", "what it is")
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        steps = f"{recipe.phase1.steps} + {recipe.phase2.steps}"
+        pqk = recipe.pqk
+        table.add_row(name, recipe.model, str(pqk.bits), f"{pqk.sparsity:g}", steps, recipe.description)
+    console.print(table)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    about = environment()
+    table = Table("what", "found", title=f"pqk_fast {pqk_fast.__version__}")
+    for name, value in {**about["versions"], **native.optional_packages(), **about["hardware"]}.items():
+        table.add_row(name, "-" if value is None else str(value))
+    console.print(table)
+    table = Table("operation", "device", "runs on", "why not something faster")
+    for row in native.backends():
+        table.add_row(row.operation, row.device, row.implementation, row.why_not_faster)
+    console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pqk-fast", description="Train sparse, low-bit networks: pruning, quantization, in-network distillation."
+    )
+    parser.add_argument("--version", action="version", version=f"pqk-fast {pqk_fast.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(function: Any, name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(function=function)
+        return sub
+
+    def common(sub: argparse.ArgumentParser) -> None:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        sub.add_argument("--device", default=default, help="where to compute (default: %(default)s)")
+
+    def settable(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a setting, as pqk.bits=8; repeatable",
+        )
+
+    sub = command(demo, "demo", "make spoken words on the spot and train the paper's four networks on them")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
+    sub.add_argument("--keep-data", type=Path, metavar="DIR", help="also write the words as WAV files, to listen to")
+    settable(sub)
+    common(sub)
+
+    sub = command(train, "train", "train a recipe: vanilla, phase 1, finetune and phase 2, with a record of it all")
+    sub.add_argument("--recipe", required=True, help="a name from `pqk-fast recipes`, or a TOML file")
+    sub.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    sub.add_argument("--out", type=Path, metavar="RUN", help="run folder to write (default: runs/RECIPE)")
+    sub.add_argument("--download", action="store_true", help="fetch the official data set into DIR first")
+    settable(sub)
+    common(sub)
+
+    sub = command(evaluate, "eval", "accuracy of a finished run's networks on a data set")
+    sub.add_argument("run", type=Path, metavar="RUN", help="run folder or checkpoint file")
+    sub.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    sub.add_argument(
+        "--split",
+        choices=("validation", "testing", "all"),
+        default="testing",
+        help="all: every clip under the word folders, also without list files (default: %(default)s)",
+    )
+    common(sub)
+
+    command(recipes, "recipes", "list the recipes that come with the library")
+    command(doctor, "doctor", "what is installed, what runs each operation, and why not something faster")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it worked, 1 with a message if the input was wrong, 130 after Ctrl-C."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.function(args)
+    except KeyboardInterrupt:
+        console.print("\n[bold]interrupted[/]: checkpoint.pt in the run folder holds the last finished epoch")
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError) as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {error}", markup=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""Frozen settings and TOML recipes. Every invalid combination is refused here, with what was expected."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+STEP_INITS = ("mean", "lsq", "max", "mse")
+RECIPES = Path(str(resources.files("pqk_fast"))) / "recipes"
+STAGES = ("vanilla", "phase1", "phase2", "finetune")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message says what was expected, what came and how to mend it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` with the closest known name, or the list of all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def check_bits(bits: int) -> int:
+    """``bits`` itself if it is an int in 2..8, else ConfigError."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ConfigError(f"bits must be an integer in 2..8, got {bits!r}")
+    return bits
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """``sparsity`` itself if it lies in [0, 1), else ConfigError."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise ConfigError(f"{name} must lie in [0, 1): the fraction of weights pruned; got {sparsity!r}")
+    return sparsity
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """True if ``pattern`` is the module ``name``, one of its parents, or (``re:...``) a regex matching all of it."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.startswith(pattern + ".")
+
+
+@dataclass(frozen=True)
+class PQKConfig:
+    """How layers are pruned, quantized and taught. Defaults are the paper's, or our reading where it is silent.
+
+    Attributes:
+        bits: weight bits k, 2..8; the grid is ``-Q..Q`` with ``Q = 2^(k-1) - 1``.
+        sparsity: target fraction of pruned weights p_t, in [0, 1).
+        scope: "global" ranks all layers together, "layer" gives every layer the same sparsity.
+        layer_sparsity: name or ``re:`` pattern -> that layer's own sparsity, outside the global pool.
+        exclude: names or ``re:`` patterns of modules that stay as they are.
+        mask_interval: optimizer steps between mask updates, p_u.
+        mask_end: part of phase 1, in (0, 1], after which p_t is reached and the mask no longer moves.
+        initial_sparsity: p_i of Eq. 1.
+        step_init: "mean" ``mean|w|``, "lsq" ``2 mean|w| / sqrt(Q)``, "max" ``max|w| / Q``, "mse" (least squared error).
+        per_channel: one step size per output channel instead of one per layer.
+        ste: "identity" passes every weight's gradient, "clipped" not those outside the grid (LSQ).
+        mask_gradients: True gives the classical hard mask: pruned weights get no gradient in phase 1.
+        teacher_weights: phase 2's full net uses "latent" fp32 weights, or "shared" (kept part fake-quantized).
+        teacher_bn: the full net's BatchNorm starts phase 2 "fresh" (0, 1) or as a "copy" of the student's.
+    """
+
+    bits: int = 4
+    sparsity: float = 0.9
+    scope: str = "global"
+    layer_sparsity: Mapping[str, float] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    mask_interval: int = 32
+    mask_end: float = 1.0
+    initial_sparsity: float = 0.0
+    step_init: str = "mean"
+    per_channel: bool = False
+    ste: str = "identity"
+    mask_gradients: bool = False
+    teacher_weights: str = "latent"
+    teacher_bn: str = "fresh"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        _check_types(self)
+        check_sparsity(self.sparsity)
+        check_sparsity(self.initial_sparsity, "initial_sparsity")
+        for name, value in self.layer_sparsity.items():
+            check_sparsity(value, f"layer_sparsity[{name!r}]")
+        for pattern in (*self.exclude, *self.layer_sparsity):
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
+        check_choice("scope", self.scope, ("global", "layer"))
+        check_choice("step_init", self.step_init, STEP_INITS)
+        check_choice("ste", self.ste, ("identity", "clipped"))
+        check_choice("teacher_weights", self.teacher_weights, ("latent", "shared"))
+        check_choice("teacher_bn", self.teacher_bn, ("fresh", "copy"))
+        _require(self.mask_interval >= 1, f"mask_interval must be at least 1 step, got {self.mask_interval}")
+        _require(0 < self.mask_end <= 1, f"mask_end must lie in (0, 1], a part of phase 1; got {self.mask_end}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on. ``unknown`` and ``silence`` are fractions of the keyword count (speech only)."""
+
+    name: str = "speech_commands"
+    batch_size: int = 64
+    classes: int = 12
+    unknown: float = 0.1
+    silence: float = 0.1
+    validation: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        check_choice("data.name", self.name, ("speech_commands", "spoken_words", "cifar100"))
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        _require(self.classes >= 2, f"classes must be at least 2, got {self.classes}")
+        for name in ("unknown", "silence"):
+            _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
+        _require(0 <= self.validation < 1, f"data.validation must lie in [0, 1), got {self.validation}")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One training phase; everything is counted in optimizer steps, so that it fits a data set of any size.
+
+    ``epoch_steps`` is what Eq. 1, the curves and the validation call an epoch. ``lr_schedule`` "drops" multiplies the
+    rate by ``lr_gamma`` at each step of ``lr_drops``, "cosine" decays to 0, "constant" stays; ``step_lr_scale`` is the
+    step sizes' share of the rate.
+    """
+
+    steps: int = 9022
+    epoch_steps: int = 347
+    lr: float = 0.1
+    lr_schedule: str = "drops"
+    lr_drops: tuple[int, ...] = (3000, 6000)
+    lr_gamma: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-5
+    step_lr_scale: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _require(self.epoch_steps >= 1, f"epoch_steps must be at least 1, got {self.epoch_steps}")
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        check_choice("lr_schedule", self.lr_schedule, ("drops", "cosine", "constant"))
+        _require(
+            list(self.lr_drops) == sorted(self.lr_drops), f"lr_drops must be rising step numbers, got {self.lr_drops}"
+        )
+        _require(self.lr_gamma > 0, f"lr_gamma must be positive, got {self.lr_gamma}")
+        _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
+        _require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+        _require(self.step_lr_scale >= 0, f"step_lr_scale must not be negative, got {self.step_lr_scale}")
+
+
+@dataclass(frozen=True)
+class Phase2Config(PhaseConfig):
+    """Phase 2: cross-entropy alone for ``distill_start`` steps (s), then ``alpha`` CE + ``beta`` T^2 KL (Eqs 9, 10)."""
+
+    steps: int = 3123
+    lr_drops: tuple[int, ...] = (1000, 2000)
+    distill_start: int = 1500
+    alpha: float = 0.5
+    beta: float = 0.5
+    temperature: float = 2.0
+    forward: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.distill_start >= 0, f"distill_start must not be negative, got {self.distill_start}")
+        _require(self.alpha >= 0 and self.beta >= 0, f"alpha and beta must be >= 0, got {self.alpha}, {self.beta}")
+        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        check_choice("forward", self.forward, ("auto", "two_pass", "stacked"))
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The baseline of the paper's Table 2: phase 2's schedule with cross-entropy alone, from this learning rate."""
+
+    lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.lr > 0, f"finetune.lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, whole: what a recipe file says."""
+
+    name: str
+    model: str
+    description: str = ""
+    seed: int = 0
+    stages: tuple[str, ...] = STAGES
+    data: DataConfig = field(default_factory=DataConfig)
+    pqk: PQKConfig = field(default_factory=PQKConfig)
+    phase1: PhaseConfig = field(default_factory=PhaseConfig)
+    phase2: Phase2Config = field(default_factory=Phase2Config)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            check_choice("stages", stage, STAGES)
+        _require(len(self.stages) > 0, "stages must name at least one of " + ", ".join(STAGES))
+        later = {"phase2", "finetune"} & set(self.stages)
+        _require(
+            not later or "phase1" in self.stages,
+            f"stages: {' and '.join(sorted(later))} start from phase1's network: add 'phase1' to {list(self.stages)}",
+        )
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """A recipe (or part of one) as nested plain dicts, ready for JSON."""
+    plain: dict[str, Any] = dataclasses.asdict(recipe)
+    return plain
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """``value`` from TOML as the type that the field declares; ConfigError if it is another."""
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        _require(isinstance(value, Mapping), f"{where} must be a table ([{where}]), got {value!r}")
+        return _build(kind, value, where + ".")
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
+        return tuple(_convert(v, typing.get_args(kind)[0], where) for v in value)
+    if origin is not None:
+        _require(isinstance(value, Mapping), f"{where} must be a table, got {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
+        f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})",
+    )
+    _require(kind is not float or math.isfinite(value), f"{where} must be finite, got {value!r}")
+    return value
+
+
+def _check_types(config: Any) -> None:
+    """Every field holds what it declares, a finite number where it is a float; else ConfigError."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        _convert(getattr(config, name), kind, name)
+
+
+def _build(cls: Callable[..., Any], values: Mapping[str, Any], where: str = "") -> Any:
+    kinds = typing.get_type_hints(cls)
+    for key in values:
+        _require(key in kinds, f"unknown key {where + key!r}{nearest(key, kinds)}")
+    return cls(**{key: _convert(value, kinds[key], where + key) for key, value in values.items()})
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _assignments(pairs: Iterable[str]) -> dict[str, Any]:
+    """``["pqk.bits=8", "seed=1"]`` as nested dicts; values are Python literals, anything else is a string."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        _require(bool(equals and key.strip()), f"expected KEY=VALUE such as pqk.bits=8, got {pair!r}")
+        try:
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text.strip(), text.strip()))
+        except (ValueError, SyntaxError, TypeError):
+            value = text.strip()
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        out = _merge(out, value)
+    return out
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the library."""
+    return sorted(f.stem for f in RECIPES.glob("*.toml") if not f.name.startswith("_"))
+
+
+def _read_toml(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One recipe file, laid over the one that its ``extends`` names (beside it, or the library's)."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} is not valid TOML: {error}") from None
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    _require(parent not in seen, f"{path.name}: 'extends' goes round in a circle: {' -> '.join((*seen, parent))}")
+    source = next((f for f in (path.parent / f"{parent}.toml", RECIPES / f"{parent}.toml") if f.is_file()), None)
+    if source is None:
+        raise ConfigError(f"{path.name} extends {parent!r}, but there is no {parent}.toml beside it or in the library")
+    return _merge(_read_toml(source, (*seen, parent)), values)
+
+
+def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe by name or TOML file, with ``KEY=VALUE`` overrides (``pqk.bits=8``).
+
+    Raises ConfigError for an unknown name or key (with the nearest one) and for any setting that cannot be.
+    """
+    path = Path(source)
+    if not (path.suffix == ".toml" and path.is_file()):
+        if path.suffix == ".toml":
+            raise ConfigError(f"no recipe file {path}; `pqk-fast recipes` lists the named ones")
+        if str(source) not in recipe_names():
+            raise ConfigError(f"no recipe named {str(source)!r}{nearest(str(source), recipe_names())}")
+        path = RECIPES / f"{source}.toml"
+    return recipe_from_dict(_merge(_read_toml(path), _assignments(overrides)), path.name)
+
+
+def recipe_from_dict(values: Mapping[str, Any], source: str = "a recipe") -> Recipe:
+    """The inverse of :func:`to_dict` (tuples may have become lists); ``source`` is what errors call it."""
+    missing = [key for key in ("name", "model") if key not in values]
+    _require(not missing, f"{source} must set {' and '.join(missing)}")
+    recipe: Recipe = _build(Recipe, values)
+    return recipe

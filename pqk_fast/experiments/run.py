@@ -1,0 +1,103 @@
+"""Run a recipe's stages and write its record: vanilla, phase 1, then phase 2 and finetune from the same phase 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqk_fast.branches import pqk_layers
+from pqk_fast.callbacks import Callback
+from pqk_fast.config import Recipe, to_dict
+from pqk_fast.data.load import Splits
+from pqk_fast.models import create_model
+from pqk_fast.record import environment, write_record
+from pqk_fast.trainer import StageResult, Trainer, accuracy, layer_statistics
+
+# (stage, view of it) -> its name in the record and in the paper's tables
+RESULT_NAMES = {
+    ("vanilla", "validation"): "vanilla",
+    ("phase1", "validation"): "phase1_p",
+    ("phase2", "validation"): "phase2_p",
+    ("phase2", "validation_f"): "phase2_f",
+    ("finetune", "validation"): "finetune",
+}
+
+
+def _measure(result: StageResult, view: str, splits: Splits) -> dict[str, Any]:
+    """Accuracy of the last epoch and of the best one by validation; the test split is looked at here only."""
+    model, forward = result.model, result.views[view]
+    last = {"validation": result.rows[-1].get(view), "testing": accuracy(model, splits.testing, forward)}
+    out: dict[str, Any] = {"last": last}
+    if view in result.best:
+        row, state = result.best[view]
+        final = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(state)
+        testing = accuracy(model, splits.testing, forward)
+        out["best_dev"] = {"validation": row[view], "testing": testing, "epoch": row["epoch"]}
+        model.load_state_dict(final)
+    return out
+
+
+def run_recipe(
+    recipe: Recipe,
+    splits: Splits,
+    out: str | Path,
+    device: str | torch.device = "cpu",
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
+    """Train every stage of the recipe; write ``record.json`` and ``checkpoint.pt`` into the folder ``out``.
+
+    Vanilla and phase 1 start from the same weights and see the same batches; so do phase 2 and finetune.
+
+    Raises:
+        FileExistsError: ``out`` holds a finished run already.
+        TrainingDivergedError: NaN or infinity.
+    """
+    out = Path(out)
+    if (out / "record.json").exists():
+        raise FileExistsError(f"{out} holds a finished run (record.json): choose another folder or remove it first")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    first = Trainer(
+        create_model(recipe.model, recipe.data.classes), recipe, device=device, out=out, callbacks=callbacks
+    )
+    seeds = {"vanilla": 0, "phase1": 0, "phase2": 1, "finetune": 1}
+    seeds = {stage: 2 * recipe.seed + offset for stage, offset in seeds.items()}
+    val = splits.validation
+    if "vanilla" in recipe.stages:
+        first.copy().vanilla(splits.train(seeds["vanilla"]), val)
+    last = first
+    if "phase1" in recipe.stages:
+        first.phase1(splits.train(seeds["phase1"]), val)
+    if "finetune" in recipe.stages:
+        first.copy().finetune(splits.train(seeds["finetune"]), val)
+    if "phase2" in recipe.stages:
+        last = first.copy()
+        last.phase2(splits.train(seeds["phase2"]), val)
+    results = {
+        name: _measure(first.results[stage], view, splits)
+        for (stage, view), name in RESULT_NAMES.items()
+        if stage in first.results
+    }
+    record: dict[str, Any] = {
+        "format": "pqk_fast record",
+        "version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": to_dict(recipe),
+        **environment(),
+        "seed": recipe.seed,
+        "data": {"name": recipe.data.name, **splits.sizes},
+        "curves": {stage: result.rows for stage, result in first.results.items()},
+        "results": results,
+        "seconds": {stage: result.seconds for stage, result in first.results.items()},
+    }
+    if pqk_layers(last.model):
+        layers = layer_statistics(last.model)
+        record["kept_fraction"] = sum(x["kept"] for x in layers) / sum(x["weights"] for x in layers)
+        record["layers"] = layers
+    write_record(out / "record.json", record)
+    return record

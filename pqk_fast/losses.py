@@ -1,0 +1,55 @@
+"""Losses of both phases as plain modules (Eqs 5-10). Phase 1's is cross-entropy (Eq. 6)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DistillationLoss(nn.Module):
+    """``alpha CE(logits, target) + beta T^2 KL(p^other || p)``: Eq. 9, or Eq. 10 with the roles exchanged.
+
+    ``logits``, ``other`` ``[B, classes]`` (``other`` is a constant), ``target`` int64 ``[B]``; a scalar. ``alpha`` and
+    ``beta`` are buffers: changing them by :meth:`set_weights` recompiles nothing. Not part of the state dict.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+
+    def __init__(self, alpha: float = 0.5, beta: float = 0.5, temperature: float = 2.0) -> None:
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        self.register_buffer("alpha", torch.zeros(()), persistent=False)
+        self.register_buffer("beta", torch.zeros(()), persistent=False)
+        self.set_weights(alpha, beta)
+        self.temperature = temperature
+
+    def set_weights(self, alpha: float, beta: float) -> None:
+        """Change alpha and beta in place (warm-up: 1 and 0)."""
+        if not (0 <= alpha < math.inf and 0 <= beta < math.inf):
+            raise ValueError(f"alpha and beta must not be negative, and finite; got {alpha} and {beta}")
+        self.alpha.fill_(alpha)
+        self.beta.fill_(beta)
+
+    def forward(self, logits: Tensor, other: Tensor, target: Tensor) -> Tensor:
+        temperature = self.temperature
+        log_p = F.log_softmax(logits / temperature, dim=-1)
+        log_other = F.log_softmax(other.detach() / temperature, dim=-1)
+        distilled = F.kl_div(log_p, log_other, reduction="batchmean", log_target=True)
+        loss: Tensor = self.alpha * F.cross_entropy(logits, target) + self.beta * temperature**2 * distilled
+        return loss
+
+
+class MutualDistillationLoss(DistillationLoss):
+    """``L^S + L^T`` (Eqs 9 and 10 together): one backward of it gives both branches their own gradients.
+
+    The targets of each branch are constants, and the weight gradients go to complementary sets, so the sum does not mix
+    the two.
+    """
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return super().forward(student, teacher, target) + super().forward(teacher, student, target)

@@ -1,0 +1,106 @@
+"""What the tests share: tolerances, shapes, dtypes, devices, and inputs made from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+# A sum of products may differ from its fp64 value by this share of the sum of the products' magnitudes (not of the
+# result, which may cancel). Quantized values and fake-quantized weights are compared with torch.equal, in every dtype.
+TOLERANCES = {
+    # 16 roundings of 2^-24: each product, its factors, and log2(N) levels of a pairwise sum of N <= 2^12 products
+    torch.float32: 2.0**-20,
+    # two roundings of 2^-11, one of S q and one of the result; the sum itself is in fp32
+    torch.float16: 2.0**-10,
+    # two roundings of 2^-9, the same two
+    torch.bfloat16: 2.0**-8,
+}
+DTYPES = list(TOLERANCES)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape and memory layout of a weight, and the shape of its step: "[1]", "[]" or "[C]"."""
+
+    shape: tuple[int, ...]
+    step: str = "[1]"
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape)) or '0-d'}-{self.layout}-S{self.step}"
+
+
+CASES = [
+    Case(()),
+    Case((), step="[]"),
+    Case((1,)),
+    Case((0,)),
+    Case((0, 5), step="[C]"),
+    Case((3, 0), step="[C]"),
+    Case((257,), step="[]"),  # a prime
+    Case((1023,)),  # a block less one
+    Case((1025,)),  # a block and one
+    Case((13, 31)),
+    Case((13, 31), step="[C]"),
+    Case((1, 37), step="[C]"),
+    Case((13, 31), step="[C]", layout="transposed"),
+    Case((17, 23), layout="transposed"),
+    Case((17, 23), layout="strided"),
+    Case((17, 23), step="[C]", layout="strided"),
+    Case((19, 3, 3, 3)),
+    Case((19, 3, 3, 3), step="[C]"),
+    Case((8, 5, 3, 3), step="[C]", layout="channels_last"),
+]
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """``values`` in another memory layout, between elements that hold NaN (True for masks) if there are any."""
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        padding = torch.nan if values.is_floating_point() else True
+        out = torch.full((2 * values.shape[0], 3 * values.shape[1]), padding, dtype=values.dtype, device=values.device)
+        out[::2, 1::3] = values
+        return out[::2, 1::3]
+    assert layout == "contiguous", layout
+    return values
+
+
+def quantizer_inputs(
+    case: Case, bits: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(weight, mask, step)``: normal weights, half of them pruned, grid ends between 1.1 and 1.9 (some clip)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(case.shape, generator=generator).to(device, dtype)
+    mask = (torch.rand(case.shape, generator=generator) < 0.5).to(device)
+    step_shape = {"[]": (), "[1]": (1,), "[C]": case.shape[:1]}[case.step]
+    ends = 1.1 + 0.8 * torch.rand(step_shape, generator=generator)
+    step = (ends / (2 ** (bits - 1) - 1)).to(device)
+    return laid_out(weight, case.layout), laid_out(mask, case.layout), step
+
+
+def normal_like(values: Tensor, seed: int = 1) -> Tensor:
+    """Normal values of the same shape, dtype and device: an upstream gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(values.shape, generator=generator).to(values)
+
+
+def step_gradient_magnitude(grad: Tensor, weight: Tensor, mask: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The sum of ``|g| (|round(v)| + |v|)`` for each step: what the rounding of dS is measured against."""
+    rows = (max(step.numel(), 1), weight.numel() // max(step.numel(), 1))
+    v = torch.where(mask, weight, 0.0).double().reshape(rows) / step.double().reshape(-1, 1)
+    v = v.clamp(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1).abs()
+    return (grad.double().reshape(rows).abs() * (v.round() + v)).sum(1)[: step.numel()].reshape(step.shape)
+
+
+def assert_within(actual: Tensor, truth: Tensor, magnitude: Tensor, dtype: torch.dtype) -> None:
+    """``actual`` differs from ``truth`` by no more than the dtype's tolerance times ``magnitude``, everywhere."""
+    assert actual.shape == truth.shape
+    error, allowed = (actual.double() - truth.double()).abs(), TOLERANCES[dtype] * magnitude.double()
+    assert (error <= allowed).all(), f"off by {(error - allowed).max():.3g} more than allowed"

@@ -1,0 +1,57 @@
+"""Fixtures for all tests. What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU}=1 makes it a failure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("pqk_fast", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("pqk_fast")
+
+
+def required(capability: str) -> bool:
+    return os.environ.get(f"PQK_FAST_REQUIRE_{capability}") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if required("GPU"):
+            pytest.fail("PQK_FAST_REQUIRE_GPU=1, but torch finds no CUDA device")
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory from torch.empty holds NaN (the largest value for integers), so that what is never written shows."""
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of data sets that the tests may read."""
+    folder = os.environ.get("PQK_FAST_DATA")
+    if folder:
+        path = Path(folder)
+        if not path.is_dir():
+            pytest.fail(f"PQK_FAST_DATA={folder} is not a folder")
+        return path
+    if required("DATA"):
+        pytest.fail("PQK_FAST_REQUIRE_DATA=1, but PQK_FAST_DATA does not say where the data sets are")
+    pytest.skip("set PQK_FAST_DATA to the folder that holds the data sets")

@@ -1,0 +1,349 @@
+"""CIFAR-100: both layouts on disk, the validation split, and batches that can be resumed exactly."""
+
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pqk_fast.data.cifar import MEAN, STD, Cifar, CifarBatches, CifarSplit, crop_and_mirror, load_cifar100
+
+
+def require(name: str):
+    """Import torchvision or pillow, or skip; PQK_FAST_REQUIRE_TORCHVISION=1 makes their absence a failure."""
+    try:
+        return __import__(name)
+    except (ImportError, RuntimeError, OSError) as error:
+        if os.environ.get("PQK_FAST_REQUIRE_TORCHVISION") == "1":
+            pytest.fail(f"PQK_FAST_REQUIRE_TORCHVISION=1, but {name} does not import: {error}")
+        pytest.skip(f"{name} does not import: {error}")
+
+
+def random_split(count: int, num_classes: int = 5, seed: int = 0) -> CifarSplit:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return CifarSplit(images, torch.arange(count) % num_classes)
+
+
+def write_folders(root: Path, split: CifarSplit, part: str) -> None:
+    require("PIL")
+    from PIL import Image
+
+    for i, (pixels, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
+        folder = root / part / f"class_{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    write_folders(tmp_path, random_split(50), "train")
+    write_folders(tmp_path, random_split(15, seed=1), "test")
+    return tmp_path
+
+
+# --- reading
+
+
+def test_reads_class_folders(folders: Path) -> None:
+    (folders / "train" / "class_0" / "notes.txt").write_text("not an image")
+    data = load_cifar100(folders, validation_fraction=0.2)
+    assert (len(data.train), len(data.validation), len(data.testing)) == (40, 10, 15)
+    assert data.classes == tuple(f"class_{i}" for i in range(5))
+    written = random_split(15, seed=1)
+    order = written.labels.argsort(stable=True)
+    assert torch.equal(data.testing.images, written.images[order])
+    assert torch.equal(data.testing.labels, written.labels[order])
+
+
+def test_validation_is_balanced_disjoint_and_depends_on_the_seed(folders: Path) -> None:
+    def pixels(split: CifarSplit) -> list[bytes]:
+        return [image.numpy().tobytes() for image in split.images]
+
+    def load(seed: int) -> Cifar:
+        return load_cifar100(folders, validation_fraction=0.3, seed=seed)
+
+    data, again, other = load(0), load(0), load(1)
+    assert data.validation.labels.bincount().tolist() == [3] * 5
+    assert data.train.labels.bincount().tolist() == [7] * 5
+    parts = pixels(data.train) + pixels(data.validation)
+    assert sorted(parts) == sorted(pixels(load_cifar100(folders, validation_fraction=0.0).train))
+    assert pixels(data.validation) == pixels(again.validation) != pixels(other.validation)
+    assert pixels(data.testing) == pixels(other.testing)
+
+
+def test_no_validation(folders: Path) -> None:
+    data = load_cifar100(folders, validation_fraction=0.0)
+    assert data.validation.images.shape == (0, 3, 32, 32)
+    assert len(data.train) == 50
+    batches = CifarBatches(data.validation, batch_size=4, train=False)
+    assert len(batches) == len(list(batches)) == 0
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_refuses_bad_fractions(tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"validation_fraction must be in \[0, 1\)"):
+        load_cifar100(tmp_path, validation_fraction=fraction)
+
+
+def test_refuses_to_leave_a_class_without_training_images(tmp_path: Path) -> None:
+    write_folders(tmp_path, random_split(5), "train")
+    write_folders(tmp_path, random_split(5), "test")
+    with pytest.raises(ValueError, match=r"class 'class_0' has 1 training image"):
+        load_cifar100(tmp_path)
+
+
+def test_missing_data_names_both_layouts_and_the_download(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"cifar-100-python/ \(--download.*train/<class>/ and .*test/<class>/"):
+        load_cifar100(tmp_path)
+
+
+def test_refuses_bad_folders(folders: Path) -> None:
+    from PIL import Image
+
+    path = folders / "test" / "class_3" / "9999.png"
+    Image.new("RGB", (16, 32)).save(path)
+    with pytest.raises(ValueError, match=r"9999.png must be 32x32 pixels, got 16x32"):
+        load_cifar100(folders)
+    path.write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"cannot read .*9999.png"):
+        load_cifar100(folders)
+    path.unlink()
+    (folders / "test" / "class_9").mkdir()
+    with pytest.raises(ValueError, match=r"class_9 has no .png images"):
+        load_cifar100(folders)
+    Image.new("RGB", (32, 32)).save(folders / "test" / "class_9" / "0.png")
+    with pytest.raises(ValueError, match=r"must have the same classes; only one has: class_9"):
+        load_cifar100(folders)
+    shutil.rmtree(folders / "train")
+    (folders / "train").mkdir()
+    with pytest.raises(ValueError, match=r"train has no class folders"):
+        load_cifar100(folders)
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, CifarSplit, CifarSplit]:
+    """Tiny files in the official format, and torchvision told their checksums."""
+    require("torchvision")
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+
+    def write(name: str, entry: dict) -> str:
+        content = pickle.dumps(entry)
+        (folder / name).write_bytes(content)
+        return hashlib.md5(content).hexdigest()
+
+    train, testing = random_split(20), random_split(10, seed=1)
+    for name, split in (("train", train), ("test", testing)):
+        entry = {"data": split.images.flatten(1).numpy(), "fine_labels": split.labels.tolist()}
+        monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, write(name, entry)]])
+    names = {"fine_label_names": [f"class_{i}" for i in range(5)]}
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": write("meta", names)})
+    return tmp_path, train, testing
+
+
+def test_reads_the_official_files(official: tuple[Path, CifarSplit, CifarSplit]) -> None:
+    root, train, testing = official
+    data = load_cifar100(root, validation_fraction=0.0)
+    assert data.classes == tuple(f"class_{i}" for i in range(5))
+    for got, written in ((data.train, train), (data.testing, testing)):
+        assert torch.equal(got.images, written.images)
+        assert torch.equal(got.labels, written.labels)
+        assert got.images.is_contiguous()
+
+
+def test_refuses_damaged_official_files(official: tuple[Path, CifarSplit, CifarSplit]) -> None:
+    root, _, _ = official
+    (root / "cifar-100-python" / "test").write_bytes(b"torn")
+    with pytest.raises(RuntimeError, match=r"cannot read CIFAR-100 in .*cifar-100-python.*--download"):
+        load_cifar100(root)
+
+
+@pytest.mark.parametrize(("module", "folder"), [("torchvision.datasets", "cifar-100-python"), ("PIL", "train")])
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / "test").mkdir()
+    monkeypatch.setitem(sys.modules, module, None)
+    expected = r"torchvision 0.26.0 goes with torch 2.11.0" if folder != "train" else r"pip install pillow"
+    with pytest.raises(ImportError, match=expected):
+        load_cifar100(tmp_path)
+
+
+# --- batches
+
+
+def normalise(images: Tensor) -> Tensor:
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def test_evaluation_batches_are_in_order_and_complete() -> None:
+    split = random_split(10)
+    batches = CifarBatches(split, batch_size=4, train=False)
+    assert len(batches) == 3
+    for _ in range(2):
+        got = list(batches)
+        assert [len(labels) for _, labels in got] == [4, 4, 2]
+        torch.testing.assert_close(torch.cat([images for images, _ in got]), normalise(split.images))
+        assert torch.equal(torch.cat([labels for _, labels in got]), split.labels)
+        assert got[0][0].dtype == torch.float32
+
+
+def test_crop_and_mirror_against_one_image_at_a_time() -> None:
+    images = random_split(81 * 2).images
+    top, left = (torch.arange(9).repeat_interleave(9).repeat(2), torch.arange(9).repeat(18))
+    mirror = torch.arange(81 * 2) >= 81
+    got = crop_and_mirror(images, top, left, mirror)
+    for i, image in enumerate(images):
+        padded = torch.zeros(3, 40, 40, dtype=torch.uint8)
+        padded[:, 4:36, 4:36] = image
+        expected = padded[:, top[i] : top[i] + 32, left[i] : left[i] + 32]
+        assert torch.equal(got[i], expected.flip(-1) if mirror[i] else expected)
+    middle = torch.full((4,), 4)
+    assert torch.equal(crop_and_mirror(images[:4], middle, middle, torch.zeros(4, dtype=torch.bool)), images[:4])
+
+
+def test_training_passes_shuffle_and_drop_the_rest() -> None:
+    count = 43
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
+    batches = CifarBatches(CifarSplit(images, torch.arange(count)), batch_size=8, train=True)
+    assert len(batches) == 5
+    orders = []
+    for _ in range(2):
+        got = list(batches)
+        order = torch.cat([labels for _, labels in got])
+        assert len(order) == len(order.unique()) == 40
+        # the middle of a constant image survives any crop: images and labels stay together
+        torch.testing.assert_close(torch.cat([x for x, _ in got])[:, :, 16, 16], normalise(images[order])[:, :, 0, 0])
+        orders.append(order.tolist())
+    assert orders[0] != orders[1] != list(range(40))
+
+
+def test_every_crop_and_both_sides_occur_evenly() -> None:
+    pixels = torch.arange(32 * 32).remainder(251).view(32, 32).to(torch.uint8)
+    split = CifarSplit(pixels.expand(2000, 3, -1, -1).contiguous(), torch.zeros(2000, dtype=torch.int64))
+    batches = CifarBatches(split, batch_size=2000, train=True)
+    _, top, left, mirror = batches._draw()
+    for edge in (top, left):
+        assert edge.bincount(minlength=9).min() > 150
+        assert edge.bincount().shape == (9,)
+    assert 900 < mirror.sum() < 1100
+    assert torch.corrcoef(torch.stack([top, left, mirror]).double()).triu(1).abs().max() < 0.1
+
+
+def test_only_the_seed_decides() -> None:
+    split = random_split(32)
+
+    def first(seed: int) -> Tensor:
+        torch.rand(seed + 5)  # other random numbers do not matter
+        return next(iter(CifarBatches(split, batch_size=8, train=True, seed=seed)))[0]
+
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_resume_is_exact(train: bool, stop: int, tmp_path: Path) -> None:
+    def make(seed: int = 7) -> CifarBatches:
+        return CifarBatches(random_split(32), batch_size=8, train=train, seed=seed)
+
+    reference = make()
+    expected = [batch for _ in range(3) for batch in reference]
+    before, got = make(), []
+    got += list(before)
+    iterator = iter(before)
+    got += [next(iterator) for _ in range(stop)]
+    torch.save(before.state_dict(), tmp_path / "state.pt")
+
+    after = make(seed=99)
+    after.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert after.state_dict()["position"] == stop
+    rest = list(after)
+    assert len(rest) == 4 - stop
+    got += rest + list(after)
+    assert len(got) == len(expected)
+    for (x, y), (x_expected, y_expected) in zip(got, expected, strict=True):
+        assert torch.equal(x, x_expected)
+        assert torch.equal(y, y_expected)
+
+
+def test_a_pass_that_was_broken_off_is_not_continued() -> None:
+    batches = CifarBatches(random_split(32), batch_size=8, train=True)
+    next(iter(batches))
+    assert batches.state_dict()["position"] == 1
+    assert len(list(batches)) == 4
+    assert batches.state_dict()["position"] == 0
+
+
+def test_refuses_foreign_states() -> None:
+    batches = CifarBatches(random_split(32), batch_size=8, train=True)
+    good = batches.state_dict()
+    for change, message in (
+        ({"batch_size": 4}, "saved state has batch_size 4, this iteration 8"),
+        ({"examples": 31}, "saved state has examples 31"),
+        ({"position": 5}, r"position must be a whole number in 0..4, got 5"),
+        ({"position": -1}, "position must be"),
+        ({"generator": torch.zeros(3, dtype=torch.uint8)}, "generator must be the state of a torch.Generator"),
+        ({"generator": b"bytes"}, "generator must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batches.load_state_dict({**good, **change})
+    with pytest.raises(ValueError, match="generator, position missing"):
+        batches.load_state_dict({"examples": 32, "batch_size": 8})
+
+
+def test_refuses_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        CifarBatches(random_split(8), batch_size=0, train=True)
+    with pytest.raises(ValueError, match="8 images make no batch of 9"):
+        CifarBatches(random_split(8), batch_size=9, train=True)
+    with pytest.raises(ValueError, match=r"images must be uint8 \[N, 3, 32, 32\], got torch.float32 \[2, 3, 32, 32\]"):
+        CifarSplit(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels must be int64 \[2\].*got torch.int64 \[3\]"):
+        CifarSplit(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.gpu
+def test_the_same_batches_on_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    split = random_split(32)
+    cpu, gpu = (CifarBatches(split, batch_size=8, train=True, device=device) for device in ("cpu", "cuda"))
+    for (x, y), (x_gpu, y_gpu) in zip(cpu, gpu, strict=True):
+        torch.testing.assert_close(x_gpu.cpu(), x)
+        assert torch.equal(y_gpu.cpu(), y)
+
+
+@pytest.mark.slow
+def test_real_test_images(tmp_path: Path) -> None:
+    """The 10 000 real test images, standing in for both parts, have the normalisation's mean and deviation."""
+    folder = os.environ.get("PQK_FAST_DATA")
+    if not folder:
+        pytest.skip("PQK_FAST_DATA is not set: it names the folder with cifar100-test.tar and unpack.py")
+    archive = Path(folder).resolve() / "cifar100-test.tar"
+    if not archive.exists():
+        pytest.skip(f"PQK_FAST_DATA={folder} has no cifar100-test.tar")
+    require("PIL")
+    # unpack.py takes every archive beside it: give it this one only
+    (tmp_path / archive.name).symlink_to(archive)
+    script = shutil.copy(archive.with_name("unpack.py"), tmp_path)
+    subprocess.run([sys.executable, script, "cifar100", str(tmp_path / "data")], check=True)
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "data" / "test")
+    data = load_cifar100(tmp_path / "data")
+    assert (len(data.train), len(data.validation), len(data.testing)) == (9000, 1000, 10_000)
+    assert data.classes[:3] == ("apple", "aquarium_fish", "baby")
+    assert data.validation.labels.bincount().tolist() == [10] * 100
+    images = torch.cat([x for x, _ in CifarBatches(data.testing, batch_size=500, train=False)])
+    variance, mean = torch.var_mean(images, (0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(3), rtol=0, atol=0.02)
+    torch.testing.assert_close(variance.sqrt(), torch.ones(3), rtol=0, atol=0.02)

@@ -1,0 +1,256 @@
+"""The Pruner: exact counts, the schedule's ends, and a set that lasts."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pqk_fast import ConfigError, MutualDistillationLoss, PQKConfig, Pruner, dual_forward, param_groups, prepare
+from pqk_fast import start_phase2
+from pqk_fast.branches import pqk_layers
+from pqk_fast.reference import sparsity_at
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 16, 5)
+    )
+
+
+def weights_of(model):
+    return [layer.weight for layer in pqk_layers(model).values()]
+
+
+def masked(model):
+    return sum(int((~layer.weight_mask).sum()) for layer in pqk_layers(model).values())
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 2, 4, 4, generator=generator), torch.randint(5, (8,), generator=generator)
+
+
+@pytest.mark.parametrize("target", [0.9, 0.7, 0.5, 0.29])
+def test_exactly_int_p_n_weights_are_masked_after_every_update_and_p_t_at_the_last(target):
+    steps, epoch_steps, interval = 200, 20, 8
+    model = prepare(small_model(), PQKConfig(sparsity=target, mask_interval=interval))
+    total = sum(w.numel() for w in weights_of(model))
+    optimizer = torch.optim.SGD(param_groups(model, 0.05, weight_decay=1e-3), momentum=0.9)
+    pruner = Pruner(model, steps, epoch_steps)
+    assert masked(model) == 0
+    moved = []
+    for step in range(steps):
+        F.cross_entropy(model(batch(step)[0]), batch(step)[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if pruner.step():
+            moved.append(step + 1)
+            last = step + 1 == 192
+            p = target if last else sparsity_at((step + 1) // epoch_steps, 10, target)
+            assert masked(model) == int(p * total), step
+            weights = torch.cat([w.detach().abs().flatten() for w in weights_of(model)])
+            kept = torch.cat([layer.weight_mask.flatten() for layer in pqk_layers(model).values()])
+            if not kept.all():
+                assert weights[kept].min() >= weights[~kept].max()
+    assert moved == list(range(8, 200, 8)), "multiples of the interval, none after the last step"
+    assert pruner.finished
+    assert masked(model) == int(target * total)
+    assert pruner.sparsity() == pytest.approx(int(target * total) / total)
+
+
+def test_the_set_stays_through_phase2_with_momentum_and_weight_decay():
+    model = prepare(small_model(), PQKConfig(sparsity=0.8, mask_interval=4))
+    optimizer = torch.optim.SGD(param_groups(model, 0.05, weight_decay=1e-2), momentum=0.9)
+    pruner = Pruner(model, 20, 5)
+    for step in range(20):
+        x, y = batch(step)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    start_phase2(model)
+    masks = [layer.weight_mask.clone() for layer in pqk_layers(model).values()]
+    steps = [layer.weight_step.clone() for layer in pqk_layers(model).values()]
+    optimizer = torch.optim.SGD(param_groups(model, 0.05, weight_decay=1e-2), momentum=0.9, nesterov=True)
+    loss = MutualDistillationLoss()
+    for step in range(30):
+        x, y = batch(step)
+        loss(*dual_forward(model, x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer, mask, size in zip(pqk_layers(model).values(), masks, steps, strict=True):
+            assert torch.equal(layer.weight_mask, mask)
+            assert torch.equal(layer.weight_step, size)
+            assert torch.equal(layer.student_weight()[~mask], torch.zeros(int((~mask).sum())))
+
+
+def test_pruned_weights_keep_learning_and_come_back():
+    model = prepare(nn.Linear(4, 1, bias=False), PQKConfig(sparsity=0.5, mask_interval=1, initial_sparsity=0.5))
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.9, 0.8, 0.1, 0.2]]))
+    pruner = Pruner(model, 10, 1)
+    assert model.weight_mask.tolist() == [[True, True, False, False]]
+    optimizer = torch.optim.SGD(param_groups(model, 1.0))
+    model(torch.tensor([[0.0, 0.0, -1.0, 0.0]])).sum().backward()
+    optimizer.step()  # w[2] = .1 + 1 by Eq. 7, pruned as it is
+    pruner.step()
+    assert model.weight[0, 2].item() == pytest.approx(1.1)
+    assert model.weight_mask.tolist() == [[True, False, True, False]]
+
+
+def test_per_layer_targets_scope_and_exclusion():
+    config = PQKConfig(sparsity=0.75, layer_sparsity={"0": 0.25}, mask_interval=1)
+    model = prepare(small_model(), config)
+    run_to_end(model, Pruner(model, 3, 1))
+    conv, linear = pqk_layers(model).values()
+    assert int((~conv.weight_mask).sum()) == int(0.25 * conv.weight.numel())
+    assert int((~linear.weight_mask).sum()) == int(0.75 * linear.weight.numel())
+
+    model = prepare(small_model(), PQKConfig(sparsity=0.6, scope="layer", mask_interval=1))
+    run_to_end(model, Pruner(model, 3, 1))
+    for layer in pqk_layers(model).values():
+        assert int((~layer.weight_mask).sum()) == int(0.6 * layer.weight.numel())
+
+    model = prepare(small_model(), PQKConfig(exclude=("re:0",)))
+    assert list(pqk_layers(model)) == ["4"]
+    with pytest.raises(ConfigError, match="several patterns"):
+        ambiguous = prepare(small_model(), PQKConfig(layer_sparsity={"0": 0.1, "re:.*": 0.2}))
+        Pruner(ambiguous, 3, 1)
+
+
+def run_to_end(model, pruner):
+    model(batch(0)[0])
+    for _ in range(pruner.steps):
+        pruner.step()
+
+
+def test_mask_end_freezes_the_mask_early_at_the_target():
+    config = PQKConfig(sparsity=0.8, mask_interval=4, mask_end=0.5)
+    model = prepare(small_model(), config)
+    total = sum(w.numel() for w in weights_of(model))
+    pruner = Pruner(model, 40, 4)
+    model(batch(0)[0])
+    moved = [step + 1 for step in range(40) if pruner.step()]
+    assert moved == [4, 8, 12, 16]
+    assert masked(model) == int(0.8 * total)
+
+
+def test_a_phase_shorter_than_one_interval_still_reaches_the_target():
+    model = prepare(small_model(), PQKConfig(sparsity=0.5, mask_interval=32))
+    Pruner(model, 5, 5)
+    assert masked(model) == int(0.5 * sum(w.numel() for w in weights_of(model)))
+
+
+def test_step_sizes_stay_positive():
+    model = prepare(small_model())
+    pruner = Pruner(model, 10, 5)
+    model(batch(0)[0])
+    with torch.no_grad():
+        for layer in pqk_layers(model).values():
+            layer.weight_step.fill_(-1.0)
+    pruner.step()
+    assert all(layer.weight_step.item() == pytest.approx(1e-12) for layer in pqk_layers(model).values())
+
+
+def test_nan_weights_are_refused_by_the_layers_name():
+    model = prepare(small_model(), PQKConfig(mask_interval=1))
+    pruner = Pruner(model, 10, 5)
+    model(batch(0)[0])
+    with torch.no_grad():
+        pqk_layers(model)["4"].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"layer '4': .*NaN or infinity"):
+        pruner.step()
+
+
+def test_a_prepared_layer_that_never_ran_is_refused_by_name():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(3, 3)
+            self.idle = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = prepare(Idle())
+    pruner = Pruner(model, 10, 5)
+    model(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="never ran in a forward: idle; .*exclude"):
+        pruner.step()
+
+
+def test_a_layer_pruned_away_whole_is_named():
+    model = prepare(small_model(), PQKConfig(sparsity=0.9, mask_interval=1))
+    pruner = Pruner(model, 3, 1)
+    model(batch(0)[0])
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    pruner.step()
+    with pytest.warns(UserWarning, match="final mask prunes every weight of layer 0: .*layer_sparsity"):
+        pruner.step()
+
+
+def test_misuse_is_refused():
+    with pytest.raises(ValueError, match="no PQK layers: call"):
+        Pruner(small_model(), 10, 5)
+    model = prepare(small_model(), PQKConfig(mask_interval=1))
+    with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
+        Pruner(model, 0, 5)
+    pruner = Pruner(model, 2, 1)
+    model(batch(0)[0])
+    pruner.step()
+    pruner.step()
+    with pytest.raises(ValueError, match="announced with 2 steps"):
+        pruner.step()
+    start_phase2(model)
+    with pytest.raises(ValueError, match="frozen in phase 2"):
+        Pruner(model, 10, 5)
+
+
+def test_tied_weights_are_counted_once_and_share_mask_and_step():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model = prepare(Tied(), PQKConfig(sparsity=0.5, mask_interval=1))
+    assert model.second.weight is model.first.weight
+    assert model.second.weight_step is model.first.weight_step
+    model = copy.deepcopy(model)
+    assert model.second.weight is model.first.weight
+    # what .to(another device) does to buffers
+    model.second._buffers["weight_mask"] = model.second.weight_mask.clone()
+    pruner = Pruner(model, 3, 1)
+    model(torch.randn(2, 6))
+    for _ in range(3):
+        pruner.step()
+    assert int((~model.first.weight_mask).sum()) == 18
+    assert torch.equal(model.first.weight_mask, model.second.weight_mask)
+
+
+def test_state_dict_goes_on_where_it_was():
+    config = PQKConfig(sparsity=0.8, mask_interval=4)
+    model = prepare(small_model(), config)
+    pruner = Pruner(model, 40, 4)
+    model(batch(0)[0])
+    for _ in range(10):
+        pruner.step()
+    state, saved = copy.deepcopy(model.state_dict()), pruner.state_dict()
+    resumed = prepare(small_model(1), config)
+    again = Pruner(resumed, 40, 4)
+    resumed.load_state_dict(state)
+    again.load_state_dict(saved)
+    assert masked(resumed) == masked(model) > 0
+    resumed(batch(0)[0])
+    assert [pruner.step() for _ in range(30)] == [again.step() for _ in range(30)]
+    assert masked(resumed) == masked(model)
+    with pytest.raises(ValueError, match="steps=40, this one 41"):
+        Pruner(prepare(small_model()), 41, 4).load_state_dict(saved)

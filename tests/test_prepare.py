@@ -1,0 +1,214 @@
+"""prepare, start_phase2, convert, param_groups: swapping modules without losing what users rely on."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pqk_fast import (
+    ConfigError,
+    DualBatchNorm,
+    PQKConfig,
+    PQKConv1d,
+    PQKLinear,
+    Pruner,
+    branch,
+    convert,
+    param_groups,
+    prepare,
+    start_phase2,
+)
+from pqk_fast.branches import pqk_layers
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 10)
+    )
+
+
+def in_phase2(model, sparsity=0.5):
+    pruner = Pruner(prepare(model, PQKConfig(sparsity=sparsity, mask_interval=1)), 1, 1)
+    assert pruner.finished
+    return start_phase2(model)
+
+
+def test_prepare_swaps_in_place_and_keeps_parameters_and_names():
+    model = net()
+    before = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared = prepare(model)
+    assert prepared is model
+    assert isinstance(model[0], PQKConv1d)
+    assert isinstance(model[1], DualBatchNorm)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert set(after) - set(before) == {
+        "0.weight_step", "5.weight_step", "1.teacher_weight", "1.teacher_bias"
+    }  # fmt: skip
+    latent = model[0].weight.detach().clone()
+    model(torch.randn(4, 3, 8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, latent), "an optimizer made before still trains it"
+
+
+def test_hooks_and_training_flags_survive():
+    model = net().eval()
+    seen = []
+    model[5].register_forward_hook(lambda *_: seen.append("linear"))
+    prepare(model)
+    assert not model[0].training
+    model(torch.randn(2, 3, 8))
+    assert seen == ["linear"]
+
+
+def test_a_layer_can_be_the_model_itself():
+    linear = nn.Linear(3, 2)
+    model = prepare(linear)
+    assert isinstance(model, PQKLinear)
+    assert model.weight is linear.weight
+
+
+def test_filter_and_exclude_leave_modules_alone():
+    model = prepare(net(), filter_fn=lambda module, name: not isinstance(module, nn.Conv1d))
+    assert list(pqk_layers(model)) == ["5"]
+    nested = nn.ModuleDict({"body": net(), "head": nn.Linear(10, 2)})
+    prepare(nested, PQKConfig(exclude=("body.5", "re:he.*")))
+    assert list(pqk_layers(nested)) == ["body.0"]
+    nested = prepare(nn.ModuleDict({"body": net(), "head": nn.Linear(10, 2)}), PQKConfig(exclude=("body",)))
+    assert list(pqk_layers(nested)) == ["head"]
+
+
+def test_shared_modules_stay_shared():
+    shared = nn.Linear(4, 4)
+    model = prepare(nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(shared)}))
+    assert isinstance(model["a"], PQKLinear)
+    assert model["a"] is model["b"] is model["c"][0]
+    assert len(pqk_layers(model)) == 1
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match=r"nothing to prepare in Sequential: expected at least one nn\.Linear.*ReLU"):
+        prepare(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="nothing to prepare"):
+        prepare(net(), filter_fn=lambda module, name: False)
+    with pytest.raises(ValueError, match="prepared already"):
+        prepare(prepare(net()))
+    with pytest.raises(ConfigError, match=r"pattern 'hed' matches no module.*did you mean 'head'"):
+        prepare(nn.ModuleDict({"head": nn.Linear(3, 3)}), PQKConfig(exclude=("hed",)))
+    with pytest.raises(ValueError, match="1 is a SyncBatchNorm"):
+        prepare(nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)))
+    with pytest.raises(ValueError, match="no PQK layers: call"):
+        start_phase2(net())
+    with pytest.raises(ValueError, match="no weight is pruned"):
+        start_phase2(prepare(net()))
+    with pytest.raises(ValueError, match="in phase 2 already"):
+        start_phase2(in_phase2(net()))
+    with pytest.raises(ConfigError, match="branch must be one of student, teacher; got 'both'"):
+        convert(prepare(net()), "both")
+
+
+def test_subclasses_with_code_of_their_own_are_left_and_named():
+    with pytest.warns(UserWarning, match=r"left in floating point.*out_proj \(NonDynamicallyQuantizableLinear\)"):
+        model = prepare(nn.TransformerEncoderLayer(8, 2, 16))
+    assert set(pqk_layers(model)) == {"linear1", "linear2"}
+
+
+@pytest.mark.filterwarnings("ignore:left in floating point")
+def test_the_transformer_fast_path_does_not_bypass_the_student():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(copy.deepcopy(layer), 2).eval()
+    x = torch.randn(3, 5, 8)
+    dense = model(x)
+    in_phase2(model, sparsity=0.9)
+    with torch.no_grad():
+        student = model(x)  # without gradients evaluation takes the fast path, where there is one
+        teacher = branch(model, "teacher")(x)
+    assert not torch.allclose(student, dense, atol=1e-3)
+    torch.testing.assert_close(teacher, dense, rtol=1e-5, atol=1e-6)
+    plain = convert(model)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), student, rtol=1e-5, atol=1e-6)
+    assert plain.layers[0].activation_relu_or_gelu == layer.activation_relu_or_gelu, "the fast path is back"
+
+
+def test_start_phase2_freezes_steps_and_starts_the_full_nets_batch_norm():
+    model = net()
+    model(torch.randn(16, 3, 8) + 3)
+    in_phase2(model)
+    assert all(layer.phase == 2 and not layer.weight_step.requires_grad for layer in pqk_layers(model).values())
+    assert model[1].teacher_running_mean.abs().max() == 0
+    assert model[1].running_mean.abs().max() > 0
+    copied = net()
+    copied(torch.randn(16, 3, 8) + 3)
+    prepare(copied, PQKConfig(sparsity=0.5, teacher_bn="copy", mask_interval=1))
+    Pruner(copied, 1, 1)
+    start_phase2(copied)
+    assert torch.equal(copied[1].teacher_running_mean, copied[1].running_mean)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_convert_gives_a_plain_model_with_the_same_outputs(which):
+    float_net = net()
+    model = in_phase2(copy.deepcopy(float_net))
+    for name in ("student", "teacher"):
+        branch(model, name)(torch.randn(16, 3, 8) + 2)
+    model.eval()
+    x = torch.randn(4, 3, 8)
+    expected = branch(model, which)(x)
+    plain = convert(model, which)
+    assert [type(m) for m in plain.modules()] == [type(m) for m in float_net.modules()]
+    assert set(plain.state_dict()) == set(float_net.state_dict())
+    float_net.load_state_dict(plain.state_dict(), strict=True)
+    torch.testing.assert_close(plain(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(float_net.eval()(x), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(branch(model, which)(x), expected, rtol=0, atol=0)
+
+
+def test_prepared_models_can_be_copied_averaged_and_pickled(tmp_path):
+    model = in_phase2(net())
+    x = torch.randn(4, 3, 8)
+    torch.nn.functional.mse_loss(model(x), torch.zeros(4, 10)).backward()
+    twin = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (twin, loaded):
+        torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=0, atol=0)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.testing.assert_close(averaged.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+def test_state_dict_round_trip_is_strict():
+    model = in_phase2(net(0))
+    other = prepare(net(1))
+    other.load_state_dict(model.state_dict(), strict=True)
+    x = torch.randn(4, 3, 8)
+    torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+def test_param_groups():
+    model = prepare(net())
+    weights, steps = param_groups(model, lr=0.2, weight_decay=1e-3)
+    assert [group["lr"] for group in (weights, steps)] == pytest.approx([0.2, 2e-5])
+    assert [group["weight_decay"] for group in (weights, steps)] == [1e-3, 0.0]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in steps["params"]} == {"0.weight_step", "5.weight_step"}
+    assert {names[id(p)] for p in weights["params"]} == {
+        "0.weight", "0.bias", "1.weight", "1.bias", "5.weight", "5.bias"
+    }  # fmt: skip
+    assert param_groups(model, lr=0.2, step_lr=0.1)[1]["lr"] == pytest.approx(0.1)
+    Pruner(model, 1, 1)
+    start_phase2(model)
+    (only,) = param_groups(model, lr=0.2)
+    assert {names[id(p)] for p in only["params"]} == {
+        "0.weight", "0.bias", "1.weight", "1.bias", "1.teacher_weight", "1.teacher_bias", "5.weight", "5.bias"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no PQK layers"):
+        param_groups(net(), 0.1)
