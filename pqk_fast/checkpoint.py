@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pqk_fast.files import replacing
 
 FORMAT = "pqk_fast checkpoint"
 VERSION = 1
@@ -19,18 +20,9 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write ``content`` (tensors, numbers, strings, dicts, lists) atomically: temporary file, fsync, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write ``content`` (tensors, numbers, strings, dicts, lists) atomically."""
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:

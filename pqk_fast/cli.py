@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import pqk_fast
 from pqk_fast import native, report
+from pqk_fast.allocator import recycle_large_tensors
 from pqk_fast.branches import branch
 from pqk_fast.callbacks import ProgressDisplay
 from pqk_fast.checkpoint import load_checkpoint
@@ -34,14 +37,17 @@ def _run(recipe: Recipe, splits: Splits, out: Path, device: str) -> None:
     """Train, then show the table and say where everything is."""
     sizes = ", ".join(f"{count} {split}" for split, count in splits.sizes.items())
     console.print(f"[bold]{recipe.name}[/]: {recipe.model} on {recipe.data.name} ({sizes}), device {device}")
+    if recycle_large_tensors():
+        console.print("malloc keeps large tensors' memory for the next (PQK_FAST_MALLOC=default leaves it alone)")
     record = run_recipe(recipe, splits, out, device, [ProgressDisplay(console)])
     console.print(report.results_table(record))
-    console.print(report.layers_table(record)) if "layers" in record else None
+    if "layers" in record:
+        console.print(report.layers_table(record))
     written = ["record.json", "checkpoint.pt"]
     try:
         report.plot_curves(record, out / "curves.png")
         written.append("curves.png")
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         console.print(f"no picture of the curves: {error}")
     console.print(f"{out}: {', '.join(written)}")
 
@@ -110,25 +116,38 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def recipes(args: argparse.Namespace) -> None:
-    table = Table("recipe", "model", "bits", "sparsity", "steps", "what it is")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("steps", no_wrap=True)
+    table.add_column("what it is")
     for name in recipe_names():
         recipe = load_recipe(name)
-        steps = f"{recipe.phase1.steps} + {recipe.phase2.steps}"
-        pqk = recipe.pqk
-        table.add_row(name, recipe.model, str(pqk.bits), f"{pqk.sparsity:g}", steps, recipe.description)
+        table.add_row(name, f"{recipe.phase1.steps} + {recipe.phase2.steps}", recipe.description)
     console.print(table)
 
 
 def doctor(args: argparse.Namespace) -> None:
     about = environment()
-    table = Table("what", "found", title=f"pqk_fast {pqk_fast.__version__}")
+    table = Table("what", "found", title=f"pqk_fast {pqk_fast.__version__}", box=box.SIMPLE_HEAD)
     for name, value in {**about["versions"], **native.optional_packages(), **about["hardware"]}.items():
         table.add_row(name, "-" if value is None else str(value))
     console.print(table)
-    table = Table("operation", "device", "runs on", "why not something faster")
+    table = Table("operation", "device", "runs on", "why not something faster", box=box.SIMPLE_HEAD)
     for row in native.backends():
         table.add_row(row.operation, row.device, row.implementation, row.why_not_faster)
     console.print(table)
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; expected cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def common(sub: argparse.ArgumentParser) -> None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        sub.add_argument("--device", default=default, help="where to compute (default: %(default)s)")
+        sub.add_argument("--device", type=_device, default=default, help="where to compute (default: %(default)s)")
 
     def settable(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -195,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("\n[bold]interrupted[/]: checkpoint.pt in the run folder holds the last finished epoch")
         return 130
     except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {error}", markup=True)
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
         return 1
     return 0
 

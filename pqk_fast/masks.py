@@ -125,8 +125,8 @@ class Pruner:
         empty = [name for name, layer in self._unique.items() if layer.weight.numel() and not layer.weight_mask.any()]
         if empty:
             warnings.warn(
-                f"the final mask prunes every weight of layer {', '.join(empty)}: nothing but its bias is left; give it "
-                "a sparsity of its own with PQKConfig.layer_sparsity, or prune less",
+                f"the final mask prunes every weight of layer {', '.join(empty)}: nothing but its bias is left; give "
+                "it a sparsity of its own with PQKConfig.layer_sparsity, or prune less",
                 stacklevel=4,
             )
 

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from pqk_fast.files import replacing
+
 __all__ = ["FORMAT", "RESULTS", "STAGES", "VERSION", "check_record", "environment", "read_record", "write_record"]
 
 FORMAT = "pqk_fast record"
@@ -73,8 +75,7 @@ def environment() -> dict[str, Any]:
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON. `format` and `version`, and `created` (now, UTC) if missing, are added.
 
-    The file at `path` is the old one or the new one at every moment: the text goes to a temporary file in the same
-    folder (made if missing), reaches the disk, and is renamed.
+    The file at `path` is the old one or the new one at every moment; its folder is made if missing.
 
     Raises:
         ValueError: a number is NaN or infinite (the message has its place, as in `curves.phase1[3].loss`), a value is
@@ -97,17 +98,8 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
             kind = type(value).__name__
             raise ValueError(f"{place} is a {kind}: a record holds text, numbers, lists and dictionaries only")
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, "w") as file:
+        file.write(text)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

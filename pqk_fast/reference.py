@@ -65,7 +65,10 @@ def dequantize(q: Tensor, step: Tensor) -> Tensor:
 
 def fake_quant(weight: Tensor, mask: Tensor, step: Tensor, bits: int, dtype: torch.dtype | None = None) -> Tensor:
     """Eqs 2-4 together, computed in fp32 and rounded once to ``dtype`` (default: the weight's own)."""
-    return dequantize(quantize(weight, mask, step, bits), step).to(dtype or weight.dtype)
+    dtype = dtype or weight.dtype
+    wbar = dequantize(quantize(weight, mask, step, bits), step)
+    # torch.compile loses the gradient of an autograd.Function whose forward ends in a .to() that changes nothing
+    return wbar if dtype == torch.float32 else wbar.to(dtype)
 
 
 def fake_quant_backward(

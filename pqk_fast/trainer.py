@@ -291,9 +291,9 @@ class Trainer:
         eligible = stage.pruner is None or stage.pruner.finished
         state: dict[str, Tensor] | None = None
         for view, forward in stage.views.items():
+            row[view] = None if val is None else accuracy(model, val, forward)
             if val is None:
-                break
-            row[view] = accuracy(model, val, forward)
+                continue
             if eligible and (view not in result.best or row[view] > result.best[view][0][view]):
                 state = state or {name: tensor.clone() for name, tensor in model.state_dict().items()}
                 result.best[view] = (row, state)

@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pqk_fast import ConfigError, MutualDistillationLoss, PQKConfig, Pruner, dual_forward, param_groups, prepare
-from pqk_fast import start_phase2
+from pqk_fast import (
+    ConfigError,
+    MutualDistillationLoss,
+    PQKConfig,
+    Pruner,
+    dual_forward,
+    param_groups,
+    prepare,
+    start_phase2,
+)
 from pqk_fast.branches import pqk_layers
 from pqk_fast.reference import sparsity_at
 
@@ -117,8 +125,8 @@ def test_per_layer_targets_scope_and_exclusion():
 
     model = prepare(small_model(), PQKConfig(exclude=("re:0",)))
     assert list(pqk_layers(model)) == ["4"]
+    ambiguous = prepare(small_model(), PQKConfig(layer_sparsity={"0": 0.1, "re:.*": 0.2}))
     with pytest.raises(ConfigError, match="several patterns"):
-        ambiguous = prepare(small_model(), PQKConfig(layer_sparsity={"0": 0.1, "re:.*": 0.2}))
         Pruner(ambiguous, 3, 1)
 
 
@@ -179,7 +187,7 @@ def test_a_prepared_layer_that_never_ran_is_refused_by_name():
     model = prepare(Idle())
     pruner = Pruner(model, 10, 5)
     model(torch.randn(2, 3))
-    with pytest.raises(ValueError, match="never ran in a forward: idle; .*exclude"):
+    with pytest.raises(ValueError, match=r"never ran in a forward: idle; .*exclude"):
         pruner.step()
 
 
@@ -190,7 +198,7 @@ def test_a_layer_pruned_away_whole_is_named():
     with torch.no_grad():
         model[0].weight.mul_(1e-3)
     pruner.step()
-    with pytest.warns(UserWarning, match="final mask prunes every weight of layer 0: .*layer_sparsity"):
+    with pytest.warns(UserWarning, match=r"final mask prunes every weight of layer 0: .*layer_sparsity"):
         pruner.step()
 
 

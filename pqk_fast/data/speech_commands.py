@@ -295,9 +295,11 @@ class SpeechBatches:
         # One line of samples, `margin` zeros before, between and after the clips: a window that starts up to `margin`
         # early or late meets only zeros besides its own clip.
         self._margin = round(shift_ms * SAMPLE_RATE / 1000) if train else 0
-        stride = CLIP_SAMPLES + self._margin
-        line = torch.zeros(len(split) * stride + self._margin, dtype=torch.int16, device=self.device)
-        line[self._margin :].view(-1, stride)[:, :CLIP_SAMPLES] = split.clips
+        self._stride = CLIP_SAMPLES + self._margin
+        line = split.clips.to(self.device).flatten()  # a view where nothing has to move
+        if self._margin:
+            line = line.new_zeros(len(split) * self._stride + self._margin)
+            line[self._margin :].view(-1, self._stride)[:, :CLIP_SAMPLES] = split.clips
         self._windows = line.unfold(0, CLIP_SAMPLES, 1)
         noise = noise or Noise(torch.zeros(CLIP_SAMPLES, dtype=torch.int16), [0, CLIP_SAMPLES])
         self._noise_windows = noise.samples.to(self.device).unfold(0, CLIP_SAMPLES, 1)
@@ -355,14 +357,13 @@ class SpeechBatches:
 
     def _draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """For each clip: where its window starts, where its noise starts, the amplitude of the noise."""
-        size = len(index)
-        starts = index * (CLIP_SAMPLES + self._margin) + self._margin
+        starts = index * self._stride + self._margin
         if self._margin:
-            starts += torch.randint(-self._margin, self._margin + 1, (size,), generator=generator)
-        recording = torch.randint(len(self._noise_first), (size,), generator=generator)
-        place = torch.rand(size, generator=generator, dtype=torch.float64) * self._noise_starts[recording]
-        noisy = (torch.rand(size, generator=generator) < self.noise_probability) | self._silence[index]
-        amplitude = torch.rand(size, generator=generator) * self.noise_amplitude * noisy
+            starts += torch.randint(-self._margin, self._margin + 1, index.shape, generator=generator)
+        recording = torch.randint(len(self._noise_first), index.shape, generator=generator)
+        place = torch.rand(index.shape, generator=generator, dtype=torch.float64) * self._noise_starts[recording]
+        noisy = (torch.rand(index.shape, generator=generator) < self.noise_probability) | self._silence[index]
+        amplitude = torch.rand(index.shape, generator=generator) * self.noise_amplitude * noisy
         noise_starts = self._noise_first[recording] + place.long()
         return starts.to(self.device), noise_starts.to(self.device), amplitude[:, None].to(self.device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,15 @@ RESULT_NAMES = {
 def _measure(result: StageResult, view: str, splits: Splits) -> dict[str, Any]:
     """Accuracy of the last epoch and of the best one by validation; the test split is looked at here only."""
     model, forward = result.model, result.views[view]
-    last = {"validation": result.rows[-1].get(view), "testing": accuracy(model, splits.testing, forward)}
-    out: dict[str, Any] = {"last": last}
-    if view in result.best:
-        row, state = result.best[view]
-        final = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(state)
-        testing = accuracy(model, splits.testing, forward)
-        out["best_dev"] = {"validation": row[view], "testing": testing, "epoch": row["epoch"]}
-        model.load_state_dict(final)
-    return out
+    last = {"validation": result.rows[-1][view], "testing": accuracy(model, splits.testing, forward)}
+    if view not in result.best:
+        return {"last": last, "best_dev": {"validation": None, "testing": None, "epoch": None}}
+    row, state = result.best[view]
+    final = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    best = {"validation": row[view], "testing": accuracy(model, splits.testing, forward), "epoch": row["epoch"]}
+    model.load_state_dict(final)
+    return {"last": last, "best_dev": best}
 
 
 def run_recipe(
@@ -84,9 +82,6 @@ def run_recipe(
         if stage in first.results
     }
     record: dict[str, Any] = {
-        "format": "pqk_fast record",
-        "version": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": to_dict(recipe),
         **environment(),
         "seed": recipe.seed,

@@ -1,0 +1,177 @@
+"""The command line on a tiny data set: train, eval, recipes, doctor, and every way to get it wrong."""
+
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+
+from pqk_fast import cli
+from pqk_fast.data.speech_commands import KEYWORDS
+
+TINY = [
+    "phase1.steps=6", "phase1.epoch_steps=3", "phase2.steps=4", "phase2.epoch_steps=2", "phase2.distill_start=2",
+    "data.batch_size=8", "pqk.mask_interval=2",
+]  # fmt: skip
+SETTINGS = [part for setting in TINY for part in ("--set", setting)]
+SPEAKERS = {"train": ["a0", "a1", "a2"], "validation": ["b0"], "testing": ["c0"]}
+
+
+def write_wav(path, samples):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(samples.astype("<i2").tobytes())
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """Every word a tone of its own, three training speakers, one each for validation and testing."""
+    root = tmp_path_factory.mktemp("speech")
+    random = np.random.default_rng(0)
+    time = np.arange(16_000) / 16_000
+    for number, word in enumerate((*KEYWORDS, "bed", "cat")):
+        for speaker in sum(SPEAKERS.values(), []):
+            tone = 8000 * np.sin(2 * np.pi * (200 + 150 * number) * time) + 300 * random.standard_normal(16_000)
+            write_wav(root / word / f"{speaker}_nohash_0.wav", tone)
+    write_wav(root / "_background_noise_" / "white.wav", 3000 * random.standard_normal(40_000))
+    for split in ("validation", "testing"):
+        lines = [f"{word}/{s}_nohash_0.wav" for word in (*KEYWORDS, "bed", "cat") for s in SPEAKERS[split]]
+        (root / f"{split}_list.txt").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(speech, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(speech), "--out", str(out), *SETTINGS]
+    assert cli.main([*command, "--device", "cpu"]) == 0
+    return out
+
+
+def test_train_writes_the_record_that_the_tables_are_made_from(run):
+    record = json.loads((run / "record.json").read_text())
+    assert set(record) >= {"recipe", "versions", "hardware", "seed", "curves", "results", "kept_fraction", "layers"}
+    assert set(record["results"]) == {"vanilla", "phase1_p", "phase2_p", "phase2_f", "finetune"}
+    for result in record["results"].values():
+        assert set(result) == {"last", "best_dev"}
+        assert 0 <= result["last"]["testing"] <= 100
+        assert set(result["last"]) == {"validation", "testing"}
+    assert set(record["curves"]) == {"vanilla", "phase1", "phase2", "finetune"}
+    assert record["recipe"]["phase1"]["steps"] == 6
+    weights = sum(layer["weights"] for layer in record["layers"])
+    assert sum(layer["kept"] for layer in record["layers"]) == weights - int(0.9 * weights)
+    assert record["kept_fraction"] == pytest.approx(1 - int(0.9 * weights) / weights)
+    assert {"name", "kept", "step_size", "clipped_fraction"} <= set(record["layers"][0])
+    assert record["data"] == {"name": "speech_commands", "train": 36, "validation": 12, "testing": 12}
+
+
+def test_eval_repeats_the_records_accuracies(run, speech, capsys):
+    record = json.loads((run / "record.json").read_text())
+    for split in ("validation", "testing"):
+        assert cli.main(["eval", str(run), "--data", str(speech), "--split", split, "--device", "cpu"]) == 0
+        printed = capsys.readouterr().out
+        for name, result in record["results"].items():
+            row = next(line for line in printed.splitlines() if name in line)
+            assert f"{result['last'][split]:.1f}" in row, (name, split)
+
+
+def test_eval_all_takes_every_clip_without_list_files(run, speech, tmp_path, capsys):
+    for word in (*KEYWORDS, "bed"):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "x.wav").write_bytes((speech / word / "a0_nohash_0.wav").read_bytes())
+    assert cli.main(["eval", str(run), "--data", str(tmp_path), "--split", "all", "--device", "cpu"]) == 0
+    assert "all clips" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_never_overwritten(run, speech, capsys):
+    before = (run / "record.json").read_bytes()
+    command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(speech), "--out", str(run), *SETTINGS]
+    assert cli.main(command) == 1
+    assert "holds a finished run" in capsys.readouterr().err
+    assert (run / "record.json").read_bytes() == before
+
+
+def test_only_some_stages(speech, tmp_path):
+    command = ["train", "--recipe", "kws-res8-narrow-w8-p90", "--data", str(speech), "--out", str(tmp_path), *SETTINGS]
+    assert cli.main([*command, "--set", "stages=['vanilla']", "--device", "cpu"]) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert set(record["results"]) == {"vanilla"}
+    assert "layers" not in record
+
+
+def test_recipes_and_doctor(capsys):
+    assert cli.main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("kws-res8-narrow-w4-p90", "kws-res8-w8-p50", "cifar100-resnet32-w4-p90", "demo"):
+        assert name in printed
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed
+    assert "fake_quant" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--recipe", "kws-res8-narrow-w4-p9"], "did you mean 'kws-res8-narrow-w4-p90'"),
+        (["train", "--recipe", "nowhere.toml"], "no recipe file"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90"], "--data DIR"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", "/does/not/exist"], "no such folder"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.bitz=8"], "did you mean 'bits'"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.bits=9"], "bits must be an integer in 2..8"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.sparsity=1.0"], "must lie in [0, 1)"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "bits"], "expected KEY=VALUE"),
+        (["eval", "/does/not/exist", "--data", "x"], "no checkpoint at"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_corrupt_clip_and_missing_words_are_named(speech, tmp_path, capsys):
+    import shutil
+
+    root = tmp_path / "broken"
+    shutil.copytree(speech, root)
+    clip = root / "yes" / "a0_nohash_0.wav"
+    clip.write_bytes(clip.read_bytes()[:1000])
+    command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(root), "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 1
+    assert "a0_nohash_0.wav" in capsys.readouterr().err.replace("\n", "")
+    shutil.rmtree(root / "stop")
+    assert cli.main(command) == 1
+    assert "missing: stop" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_are_not_there_are_refused(capsys):
+    for device in ("cuda:99", "warp"):
+        with pytest.raises(SystemExit):
+            cli.main(["demo", "--device", device])
+        assert device in capsys.readouterr().err
+
+
+def test_help_reads_well(capsys):
+    for command in ([], ["train"], ["eval"], ["demo"]):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        assert "usage: pqk-fast" in capsys.readouterr().out
+
+
+def test_the_demo_recipe_end_to_end_in_miniature(tmp_path, monkeypatch, speech, capsys):
+    """`pqk-fast demo` with the synthesizer replaced by the tiny data set; the synthesizer has tests of its own."""
+    from pqk_fast.data.speech_commands import load_speech_commands
+
+    monkeypatch.setattr(cli, "make_spoken_words", lambda **_: load_speech_commands(speech))
+    command = ["demo", "--out", str(tmp_path / "demo"), "--device", "cpu", *SETTINGS]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 0, "the demo can be run again"
+    assert json.loads((tmp_path / "demo" / "record.json").read_text())["recipe"]["name"] == "demo"
+    printed = capsys.readouterr().out
+    assert "phase2-P" in printed
+    assert "whole demo" in printed
