@@ -20,6 +20,8 @@ def required(capability: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are compared in fp32
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

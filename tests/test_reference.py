@@ -104,7 +104,7 @@ def test_eq4_dequantize() -> None:
 
 
 def test_fake_quant_rounds_to_the_output_dtype_once() -> None:
-    # v = 9 / .3 = 30 -> 7; S q = 2.1; bf16 counts in 1/64 there: 2.1 * 64 = 134.4 -> 134 / 64; fp16 in 1/512: 1075 / 512
+    # v = 9 / .3 = 30 -> 7; S q = 2.1; there bf16 counts in 1/64: 134.4 -> 134 / 64, fp16 in 1/512: 1075.2 -> 1075 / 512
     weight, mask, step = tensor(9.0), tensor(True), tensor(0.3)
     assert reference.fake_quant(weight, mask, step, 4).item() == np.float32(7) * np.float32(0.3)
     assert reference.fake_quant(weight, mask, step, 4, torch.bfloat16).item() == 134 / 64

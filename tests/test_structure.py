@@ -1,0 +1,150 @@
+"""The shape of the library: imports run one way, optional packages stay optional, files stay short."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).parent.parent / "pqk_fast"
+FILES = sorted(LIBRARY.rglob("*.py"))
+MOST_LINES = 400
+
+# From equations to training: each part may import those before it. A new file must be placed here or below.
+ORDER = (
+    "reference",
+    "native",
+    "config",
+    "schedule",
+    "autograd",
+    "ops",
+    "step_size",
+    "layers",
+    "branches",
+    "prepare",
+    "masks",
+    "losses",
+    "callbacks",
+    "checkpoint",
+    "trainer",
+    "experiments",
+    "cli",
+    "__main__",
+)
+# Parts that stand beside that order: what each may import. Only trainer and what comes after it may import them.
+LEAVES = {"native": (), "models": (), "data": ("config",), "record": (), "report": ("record",)}
+OPTIONAL = {"torchvision", "torchaudio", "matplotlib", "triton", "espeakng_loader", "PIL", "soundfile"}
+
+
+def module_name(path: Path) -> str:
+    """``pqk_fast/data/load.py`` -> ``data.load``; a package's ``__init__.py`` has the package's name, the top's none."""
+    return ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def part(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports_of(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    """Absolute names of the modules that a file imports; ``from a import b`` gives ``a.b``."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: import by the full name, not relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+            nodes.extend(ast.iter_child_nodes(node))
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of the library that a file imports: the longest known name each, ``""`` for the package itself."""
+    found = set()
+    for name in imports_of(path):
+        if part(name) == "pqk_fast":
+            name = name.removeprefix("pqk_fast").removeprefix(".")
+            while name not in MODULES:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found
+
+
+def allowed(module: str) -> set[str]:
+    """Parts that a module may import, its own aside."""
+    name = part(module)
+    if name in LEAVES:
+        return set(LEAVES[name])
+    before = set(ORDER[: ORDER.index(name)])
+    if ORDER.index(name) >= ORDER.index("trainer"):
+        return before | set(LEAVES)
+    return before - (set(LEAVES) - {"native"})
+
+
+def test_every_file_has_its_place() -> None:
+    placed = {*ORDER, *LEAVES, ""}
+    unknown = {part(module) for module in MODULES} - placed
+    assert not unknown, f"say in ORDER or LEAVES what {sorted(unknown)} may import"
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
+def test_imports_run_one_way(module: str) -> None:
+    imported = own_imports(MODULES[module])
+    if part(module) in ("cli", "__main__"):
+        imported.discard("")  # for the version
+    assert "" not in imported, "import from the module, not from the package"
+    wrong = {name for name in imported if part(name) not in {part(module), *allowed(module)}}
+    assert not wrong, f"{module} comes before {sorted(wrong)}"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {module: own_imports(path) - {"", module} for module, path in MODULES.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) == set(MODULES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_optional_packages_are_imported_only_where_they_are_used(path: Path) -> None:
+    assert not {part(name) for name in imports_of(path, top_level_only=True)} & OPTIONAL
+
+
+def test_importing_the_library_imports_no_optional_package() -> None:
+    """What torch itself imports does not count."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import pqk_fast; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "pqk_fast" in imported
+    assert not imported & OPTIONAL
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES
+
+
+def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import torch\n"
+        "from pqk_fast import ops, __version__\n"
+        "from pqk_fast.data.load import Splits\n"
+        "try:\n    import PIL.Image\nexcept ImportError:\n    pass\n"
+        "def f():\n    import matplotlib.pyplot as plt\n    from pqk_fast.trainer import Trainer\n"
+    )
+    assert own_imports(path) == {"ops", "", "data.load", "trainer"}
+    assert {part(name) for name in imports_of(path)} & OPTIONAL == {"PIL", "matplotlib"}
+    assert {part(name) for name in imports_of(path, top_level_only=True)} & OPTIONAL == {"PIL"}
+    assert "trainer" not in allowed("ops")
+    assert "ops" in allowed("trainer")
+    assert allowed("data.load") == {"config"}
