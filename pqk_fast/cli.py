@@ -13,6 +13,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 import pqk_fast
@@ -22,15 +23,15 @@ from pqk_fast.branches import branch
 from pqk_fast.callbacks import ProgressDisplay
 from pqk_fast.checkpoint import load_checkpoint
 from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names
-from pqk_fast.data.load import Batches, Splits, load_splits, speech_splits, word_folder_batches
-from pqk_fast.data.spoken_words import make_spoken_words, write_spoken_words
+from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
+from pqk_fast.data.spoken_words import write_spoken_words
 from pqk_fast.experiments.run import RESULT_NAMES, run_recipe
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare, start_phase2
 from pqk_fast.record import environment
 from pqk_fast.trainer import TrainingDivergedError, accuracy
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def _run(recipe: Recipe, splits: Splits, out: Path, device: str) -> None:
@@ -63,8 +64,9 @@ def demo(args: argparse.Namespace) -> None:
         for name in ("record.json", "checkpoint.pt", "curves.png"):
             (args.out / name).unlink(missing_ok=True)
     start = time.perf_counter()
-    with console.status("synthesizing spoken words"):
-        data = make_spoken_words(seed=recipe.seed)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("synthesizing spoken words")
+        data = make_words(recipe, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(f"spoken words made in {_seconds_since(start)}")
     if args.keep_data:
         write_spoken_words(data, args.keep_data)
@@ -75,7 +77,7 @@ def demo(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
-    splits = load_splits(recipe.data, args.data, args.device, args.download)
+    splits = load_splits(recipe, args.data, args.device, args.download)
     _run(recipe, splits, args.out or Path("runs") / recipe.name, args.device)
 
 
@@ -98,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.split == "all":
         batches = {"all clips": word_folder_batches(recipe.data, args.data, args.device)}
     else:
-        splits = load_splits(recipe.data, args.data, args.device)
+        splits = load_splits(recipe, args.data, args.device)
         found = splits.validation if args.split == "validation" else splits.testing
         if found is None:
             raise ValueError(f"{recipe.data.name} has no {args.split} split with this recipe (data.validation = 0)")

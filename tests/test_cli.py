@@ -1,7 +1,9 @@
 """The command line on a tiny data set: train, eval, recipes, doctor, and every way to get it wrong."""
 
 import json
+import shutil
 import wave
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def speech(tmp_path_factory):
     random = np.random.default_rng(0)
     time = np.arange(16_000) / 16_000
     for number, word in enumerate((*KEYWORDS, "bed", "cat")):
-        for speaker in sum(SPEAKERS.values(), []):
+        for speaker in chain.from_iterable(SPEAKERS.values()):
             tone = 8000 * np.sin(2 * np.pi * (200 + 150 * number) * time) + 300 * random.standard_normal(16_000)
             write_wav(root / word / f"{speaker}_nohash_0.wav", tone)
     write_wav(root / "_background_noise_" / "white.wav", 3000 * random.standard_normal(40_000))
@@ -134,8 +136,6 @@ def test_wrong_input_is_one_clear_line(arguments, message, capsys):
 
 
 def test_a_corrupt_clip_and_missing_words_are_named(speech, tmp_path, capsys):
-    import shutil
-
     root = tmp_path / "broken"
     shutil.copytree(speech, root)
     clip = root / "yes" / "a0_nohash_0.wav"
@@ -167,7 +167,7 @@ def test_the_demo_recipe_end_to_end_in_miniature(tmp_path, monkeypatch, speech, 
     """`pqk-fast demo` with the synthesizer replaced by the tiny data set; the synthesizer has tests of its own."""
     from pqk_fast.data.speech_commands import load_speech_commands
 
-    monkeypatch.setattr(cli, "make_spoken_words", lambda **_: load_speech_commands(speech))
+    monkeypatch.setattr(cli, "make_words", lambda recipe, progress: load_speech_commands(speech))
     command = ["demo", "--out", str(tmp_path / "demo"), "--device", "cpu", *SETTINGS]
     assert cli.main(command) == 0
     assert cli.main(command) == 0, "the demo can be run again"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pqk_fast.config import ConfigError, DataConfig
+from pqk_fast.config import ConfigError, DataConfig, Recipe
 from pqk_fast.data.cifar import CifarBatches, load_cifar100
 from pqk_fast.data.speech_commands import SpeechBatches, SpeechCommands, load_speech_commands, load_word_folders
 from pqk_fast.data.spoken_words import make_spoken_words
@@ -40,15 +40,24 @@ def speech_splits(data: SpeechCommands, batch_size: int, device: str | torch.dev
     return Splits(lambda seed: batches("train", True, seed), validation, testing, sizes)
 
 
+def make_words(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> SpeechCommands:
+    """The spoken words of a recipe: its seed and fractions; ``progress(speakers done, speakers in all)``."""
+    data = recipe.data
+    return make_spoken_words(
+        unknown_fraction=data.unknown, silence_fraction=data.silence, seed=recipe.seed, progress=progress
+    )
+
+
 def load_splits(
-    config: DataConfig, root: str | Path | None, device: str | torch.device = "cpu", download: bool = False
+    recipe: Recipe, root: str | Path | None, device: str | torch.device = "cpu", download: bool = False
 ) -> Splits:
-    """The data set that a recipe names, from the folder ``root`` (spoken words are made on the spot and need none).
+    """The data set that a recipe names, from the folder ``root`` (spoken words are made on the spot if it is None).
 
     Raises ConfigError without a folder, FileNotFoundError or ValueError for one that does not hold the data set.
     """
+    config = recipe.data
     if config.name == "spoken_words" and root is None:
-        return speech_splits(make_spoken_words(), config.batch_size, device)
+        return speech_splits(make_words(recipe), config.batch_size, device)
     if root is None:
         raise ConfigError(f"the recipe trains on {config.name}: say where it is with --data DIR")
     if config.name == "cifar100":
