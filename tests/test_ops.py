@@ -337,6 +337,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("x_shape", "case", "options"), CONVOLUTIONS, ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_dual_conv2d(
     x_shape: tuple[int, ...],
     case: Case,

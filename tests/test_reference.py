@@ -90,6 +90,17 @@ def test_eq2_has_no_negative_zero() -> None:
     assert not torch.signbit(reference.dequantize(q, tensor(0.1))).any()
 
 
+@pytest.mark.parametrize(
+    ("step", "weight", "expected"),
+    [
+        (0.9, "0x1.599998p+0", 2),  # w (1 / S) is 1.5, a tie; w / S would be the next number below it
+        (0.01, "0x1.70a3d8p-5", 4),  # w (1 / S) is 4.5, a tie; w / S would be the next number above it
+    ],
+)
+def test_eq2_takes_the_reciprocal_of_the_step(step: float, weight: str, expected: int) -> None:
+    assert reference.quantize(tensor(float.fromhex(weight)), tensor(True), tensor(step), 4).tolist() == [expected]
+
+
 def test_eq3_clip_passes_nan() -> None:
     clipped = reference.clip(tensor(-8.0, -7.0, 0.5, 7.5, NAN), -7, 7)
     assert clipped[:4].tolist() == [-7, -7, 0.5, 7]
