@@ -35,11 +35,15 @@ __all__ = [
 ]
 
 
+# fp64 is not among them: all is computed in fp32, which would silently lose half of it.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _check_quantizer(weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste: str = "identity") -> None:
     check_bits(bits)
     check_choice("ste", ste, reference.STE_MODES)
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be floating point (fp32, bf16 or fp16), got {weight.dtype}")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"weight must be floating point (fp32, bf16 or fp16), got {weight.dtype}; use weight.float()")
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(
             f"mask must be bool of the weight's shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}; "
@@ -108,24 +112,17 @@ def fake_quant_all(
     return [fake_quant(w, m, s, k, ste, mask_gradients, dtype) for w, m, s, k in layers]
 
 
-def teacher_weight(
-    weight: Tensor,
-    mask: Tensor,
-    step: Tensor,
-    bits: int,
-    teacher_weights: str = "latent",
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The full net's weight in phase 2; its gradient reaches the pruned weights only (Eq. 12).
+def teacher_weight(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teacher_weights: str = "latent") -> Tensor:
+    """The full net's weight in phase 2, in the weight's dtype; its gradient reaches the pruned weights only (Eq. 12).
 
-    ``"latent"``: the fp32 weight itself, no copy. ``"shared"``: the kept part fake-quantized, as the student has it.
+    ``"latent"``: the weight itself, no copy. ``"shared"``: the kept part fake-quantized, as the student has it.
     """
     _check_quantizer(weight, mask, step, bits)
     check_choice("teacher_weights", teacher_weights, reference.TEACHER_WEIGHTS)
     full: Tensor = PrunedOnly.apply(weight, mask)
     if teacher_weights == "latent":
         return full
-    return torch.where(mask, reference.fake_quant(weight.detach(), mask, step.detach(), bits, dtype), full)
+    return torch.where(mask, reference.fake_quant(weight.detach(), mask, step.detach(), bits), full)
 
 
 def _dual_weights(
@@ -136,11 +133,11 @@ def _dual_weights(
     return student, teacher_weight(weight, mask, step, bits, teacher_weights)
 
 
-def _halves(x: Tensor, least_dims: int) -> tuple[Tensor, Tensor]:
-    if x.dim() < least_dims or x.shape[0] % 2:
+def _halves(x: Tensor, shape: str, fits: bool) -> tuple[Tensor, Tensor]:
+    if not fits or x.shape[0] % 2:
         raise ValueError(
-            f"x must be [2B, ...] with at least {least_dims} dimensions, student rows first, then as many teacher "
-            f"rows; got {tuple(x.shape)}; stack it with torch.cat([x_student, x_teacher])"
+            f"x must be {shape}, student rows first, then as many teacher rows; got {tuple(x.shape)}; "
+            "stack it with torch.cat([x_student, x_teacher])"
         )
     student, teacher = x.chunk(2) if x.shape[0] else (x, x)
     return student, teacher
@@ -164,7 +161,7 @@ def dual_linear(
 
     Raises ValueError for an odd number of rows and as :func:`fake_quant` does.
     """
-    x_student, x_teacher = _halves(x, 2)
+    x_student, x_teacher = _halves(x, "[2B, ..., in]", x.dim() >= 2)
     student, teacher = _dual_weights(weight, mask, step, bits, teacher_weights, ste)
     bias_teacher = None if bias is None else bias.detach()
     return torch.cat([F.linear(x_student, student, bias), F.linear(x_teacher, teacher, bias_teacher)])
@@ -185,7 +182,7 @@ def dual_conv2d(
     ste: str = "identity",
 ) -> Tensor:
     """:func:`dual_linear` for convolution: ``x [2B, C_in, H, W]``, ``weight [C_out, C_in / groups, kh, kw]``."""
-    x_student, x_teacher = _halves(x, 4)
+    x_student, x_teacher = _halves(x, "[2B, C, H, W]", x.dim() == 4)
     student, teacher = _dual_weights(weight, mask, step, bits, teacher_weights, ste)
     bias_teacher = None if bias is None else bias.detach()
     shape: Any = (stride, padding, dilation, groups)

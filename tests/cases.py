@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ TOLERANCES = {
     torch.bfloat16: 2.0**-7,
 }
 DTYPES = list(TOLERANCES)
+# (estimator, mask_gradients)
+STE = [("identity", False), ("identity", True), ("clipped", False), ("clipped", True)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -112,3 +117,28 @@ def assert_within(
     if baseline is not None:
         allowed += (baseline.double() - truth.double()).abs()
     assert (error <= allowed).all(), f"off by {(error - allowed).max():.3g} more than allowed"
+
+
+def same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal in shape, dtype and value, and no negative zero."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(actual, expected)
+    assert not (torch.signbit(actual) & (actual == 0)).any()
+
+
+def with_gradients(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def required(capability: str) -> bool:
+    return os.environ.get(f"PQK_FAST_REQUIRE_{capability}") == "1"
+
+
+def package(name: str) -> Any:
+    """An optional package, imported; without it the test is skipped, or fails if PQK_FAST_REQUIRE_PACKAGES=1."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:  # builds that do not match torch fail in all three ways
+        if required("PACKAGES"):
+            pytest.fail(f"PQK_FAST_REQUIRE_PACKAGES=1, but {name} does not import: {error}")
+        pytest.skip(f"{name} does not import: {error}")

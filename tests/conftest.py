@@ -1,4 +1,7 @@
-"""Fixtures for all tests. What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU}=1 makes it a failure."""
+"""Fixtures for all tests.
+
+What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,PACKAGES}=1 makes it a failure.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import required
 from hypothesis import settings
 
 settings.register_profile("pqk_fast", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("pqk_fast")
-
-
-def required(capability: str) -> bool:
-    return os.environ.get(f"PQK_FAST_REQUIRE_{capability}") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,11 +1,11 @@
 """Student and full net in one model: two passes, one stacked pass, and when the latter is refused."""
 
 import copy
-import os
 import warnings
 
 import pytest
 import torch
+from cases import package
 from torch import nn
 
 from pqk_fast import ConfigError, MutualDistillationLoss, PQKConfig, Pruner, branch, dual_forward, prepare, start_phase2
@@ -22,13 +22,7 @@ def in_phase2(model, sparsity=0.7, **options):
 
 
 def torchvision_model(name, **options):
-    try:
-        from torchvision import models
-    except (ImportError, RuntimeError, OSError) as error:
-        if os.environ.get("PQK_FAST_REQUIRE_TORCHVISION"):
-            raise
-        pytest.skip(f"torchvision cannot be imported: {error}")
-    return getattr(models, name)(num_classes=7, **options)
+    return getattr(package("torchvision.models"), name)(num_classes=7, **options)
 
 
 def conv1d_net():
@@ -39,10 +33,7 @@ def conv1d_net():
 
 
 def vit():
-    torchvision_model("vit_b_16")
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(32, 8, 2, 4, 32, 64, dropout=0.1, num_classes=7)
+    return package("torchvision.models").VisionTransformer(32, 8, 2, 4, 32, 64, dropout=0.1, num_classes=7)
 
 
 MODELS = [

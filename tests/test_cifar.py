@@ -1,7 +1,6 @@
 """CIFAR-100: both layouts on disk, the validation split, and batches that can be resumed exactly."""
 
 import hashlib
-import os
 import pickle
 import shutil
 import subprocess
@@ -10,19 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import package
 from torch import Tensor
 
 from pqk_fast.data.cifar import MEAN, STD, Cifar, CifarBatches, CifarSplit, crop_and_mirror, load_cifar100
-
-
-def require(name: str):
-    """Import torchvision or pillow, or skip; PQK_FAST_REQUIRE_TORCHVISION=1 makes their absence a failure."""
-    try:
-        return __import__(name)
-    except (ImportError, RuntimeError, OSError) as error:
-        if os.environ.get("PQK_FAST_REQUIRE_TORCHVISION") == "1":
-            pytest.fail(f"PQK_FAST_REQUIRE_TORCHVISION=1, but {name} does not import: {error}")
-        pytest.skip(f"{name} does not import: {error}")
 
 
 def random_split(count: int, num_classes: int = 5, seed: int = 0) -> CifarSplit:
@@ -32,7 +22,7 @@ def random_split(count: int, num_classes: int = 5, seed: int = 0) -> CifarSplit:
 
 
 def write_folders(root: Path, split: CifarSplit, part: str) -> None:
-    require("PIL")
+    package("PIL")
     from PIL import Image
 
     for i, (pixels, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
@@ -131,7 +121,7 @@ def test_refuses_bad_folders(folders: Path) -> None:
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, CifarSplit, CifarSplit]:
     """Tiny files in the official format, and torchvision told their checksums."""
-    require("torchvision")
+    package("torchvision")
     from torchvision.datasets import CIFAR100
 
     folder = tmp_path / "cifar-100-python"
@@ -315,8 +305,6 @@ def test_refuses_bad_arguments() -> None:
 
 @pytest.mark.gpu
 def test_the_same_batches_on_the_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     split = random_split(32)
     cpu, gpu = (CifarBatches(split, batch_size=8, train=True, device=device) for device in ("cpu", "cuda"))
     for (x, y), (x_gpu, y_gpu) in zip(cpu, gpu, strict=True):
@@ -325,15 +313,10 @@ def test_the_same_batches_on_the_gpu() -> None:
 
 
 @pytest.mark.slow
-def test_real_test_images(tmp_path: Path) -> None:
+def test_real_test_images(shared_data: Path, tmp_path: Path) -> None:
     """The 10 000 real test images, standing in for both parts, have the normalisation's mean and deviation."""
-    folder = os.environ.get("PQK_FAST_DATA")
-    if not folder:
-        pytest.skip("PQK_FAST_DATA is not set: it names the folder with cifar100-test.tar and unpack.py")
-    archive = Path(folder).resolve() / "cifar100-test.tar"
-    if not archive.exists():
-        pytest.skip(f"PQK_FAST_DATA={folder} has no cifar100-test.tar")
-    require("PIL")
+    archive = shared_data.resolve() / "cifar100-test.tar"
+    package("PIL")
     # unpack.py takes every archive beside it: give it this one only
     (tmp_path / archive.name).symlink_to(archive)
     script = shutil.copy(archive.with_name("unpack.py"), tmp_path)

@@ -1,11 +1,11 @@
 """The MFCC against a float64 transform written out here, and against torchaudio with honk's settings."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
+from cases import package
 
 from pqk_fast.data.features import MFCC, dct_matrix, mel_filterbank
 
@@ -19,16 +19,6 @@ def speech_like(clips: int, level: float = 0.3) -> torch.Tensor:
     wave = voice * torch.sin(math.pi * 3 * time) ** 2 + 0.01 * torch.randn(clips, 16_000, generator=generator)
     wave[:, 8_000:] = 0
     return level * wave / wave.abs().amax(1, keepdim=True)
-
-
-def torchaudio_functional():
-    try:
-        import torchaudio.functional as functional
-    except (ImportError, OSError, RuntimeError) as error:  # builds that do not match torch fail in all three ways
-        if os.environ.get("PQK_FAST_REQUIRE_TORCHAUDIO") == "1":
-            raise
-        pytest.skip(f"torchaudio does not import: {error}")
-    return functional
 
 
 def reference_log_mel(waveforms: torch.Tensor) -> np.ndarray:
@@ -146,7 +136,7 @@ def test_dct_is_orthonormal():
 
 
 def test_matrices_match_torchaudio():
-    functional = torchaudio_functional()
+    functional = package("torchaudio.functional")
     ours = mel_filterbank(16_000, 480, 40, 20.0, 4000.0)
     theirs = functional.melscale_fbanks(241, 20.0, 4000.0, 40, 16_000, norm="slaney", mel_scale="slaney")
     torch.testing.assert_close(ours, theirs.double(), atol=1e-7, rtol=0)  # the largest weight is .015
@@ -155,7 +145,7 @@ def test_matrices_match_torchaudio():
 
 @pytest.mark.parametrize("kind", ["noise", "speech-like"])
 def test_matches_torchaudio(kind):
-    functional = torchaudio_functional()
+    functional = package("torchaudio.functional")
     from torchaudio.transforms import MelScale, Spectrogram
 
     waveforms = speech_like(4)

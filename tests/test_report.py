@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from cases import package
 from rich.console import Console
 from rich.table import Table
 
@@ -230,7 +231,7 @@ def read_png(path: Path) -> tuple[int, int, bytes]:
     ],
 )
 def test_plot(tmp_path: Path, stages: tuple[str, ...], panels: int) -> None:
-    pytest.importorskip("matplotlib")
+    package("matplotlib")
     path = tmp_path / "new" / "curves.png"
     plot_curves(make_record(*stages), path)
     width, height, pixels = read_png(path)
@@ -239,13 +240,13 @@ def test_plot(tmp_path: Path, stages: tuple[str, ...], panels: int) -> None:
 
 
 def test_plot_leaves_pyplot_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    package("matplotlib")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     plot_curves(make_record("vanilla"), tmp_path / "curves.png")
 
 
 def test_plot_with_gaps_and_without_options(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    package("matplotlib")
     record = make_record()
     record["recipe"] = {"name": "bare"}
     record["curves"]["phase1"][3]["validation"] = None
@@ -255,7 +256,7 @@ def test_plot_with_gaps_and_without_options(tmp_path: Path) -> None:
 
 
 def test_nothing_to_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    package("matplotlib")
     record = make_record("vanilla")
     for row in record["curves"]["vanilla"]:
         row["validation"] = None

@@ -1,7 +1,6 @@
 """Reading, splitting and downloading, on tiny data sets made here and, where given, on real clips."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tarfile
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import package
 
 from pqk_fast.data import speech_commands
 from pqk_fast.data.speech_commands import (
@@ -295,12 +295,10 @@ def test_a_broken_download_leaves_nothing(tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def real_speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = os.environ.get("PQK_FAST_DATA")
-    if not folder:
-        pytest.skip("set PQK_FAST_DATA to the folder of speech-*.tar and unpack.py to test on real clips")
+def real_speech(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package("soundfile")  # the archives hold FLAC
     target = tmp_path_factory.mktemp("speech")
-    subprocess.run([sys.executable, str(Path(folder) / "unpack.py"), "speech", str(target)], check=True)
+    subprocess.run([sys.executable, str(shared_data / "unpack.py"), "speech", str(target)], check=True)
     return target
 
 

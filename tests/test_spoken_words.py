@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import package
 
 from pqk_fast.data import spoken_words
 from pqk_fast.data.speech_commands import (
@@ -30,7 +31,7 @@ from pqk_fast.data.spoken_words import (
 
 @pytest.fixture(scope="module")
 def data() -> SpeechCommands:
-    pytest.importorskip("espeakng_loader")
+    package("espeakng_loader")
     return make_spoken_words(speakers=(4, 2, 3), noise_seconds=6, seed=1)
 
 
@@ -98,7 +99,7 @@ def test_the_same_seed_makes_the_same_samples(data: SpeechCommands):
 
 
 def test_progress_and_fractions():
-    pytest.importorskip("espeakng_loader")
+    package("espeakng_loader")
     seen: list[tuple[int, int]] = []
     data = make_spoken_words(
         speakers=(2, 1, 1),
@@ -137,7 +138,7 @@ def test_batches(data: SpeechCommands):
 
 
 def test_synthesizer():
-    pytest.importorskip("espeakng_loader")
+    package("espeakng_loader")
     first, second = Synthesizer(), Synthesizer()
     for synthesizer in first, second:
         synthesizer.voice("en-us", "f3")
@@ -153,7 +154,7 @@ def test_synthesizer():
 
 
 def test_every_voice_exists():
-    pytest.importorskip("espeakng_loader")
+    package("espeakng_loader")
     synthesizer = Synthesizer()
     for variants in VARIANTS.values():
         for variant in variants:
