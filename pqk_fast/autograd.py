@@ -13,9 +13,10 @@ from pqk_fast import reference
 class FakeQuant(torch.autograd.Function):
     """Eqs 2-4 forward; straight-through weight gradient and step-size gradient backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         weight: Tensor,
         mask: Tensor,
         step: Tensor,
@@ -24,9 +25,13 @@ class FakeQuant(torch.autograd.Function):
         mask_gradients: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(weight, mask, step)
-        ctx.options = (bits, ste, mask_gradients)
         return reference.fake_quant(weight, mask, step, bits, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, mask, step, *options, _ = inputs
+        ctx.save_for_backward(weight, mask, step)
+        ctx.options = options
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,10 +48,15 @@ class FakeQuant(torch.autograd.Function):
 class PrunedOnly(torch.autograd.Function):
     """The teacher's weight in phase 2 (Eq. 12): forward an alias of ``w``, backward ``(1 - M) g``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise CheckpointError(f"no checkpoint at {path}; a run folder holds one once its first epoch is done")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(f"{path} is torn or not a checkpoint of this library: {error}") from error
+    except Exception as error:  # bytes that are no checkpoint can make the unpickler raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise CheckpointError(f"{path} is torn or not a checkpoint of this library: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this library: expected format {FORMAT!r}")
     if content.get("version") != VERSION:

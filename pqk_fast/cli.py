@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from pqk_fast.checkpoint import load_checkpoint
 from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names
 from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
 from pqk_fast.data.spoken_words import write_spoken_words
-from pqk_fast.experiments.run import RESULT_NAMES, run_recipe
+from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
 from pqk_fast.models import create_model
-from pqk_fast.prepare import prepare, start_phase2
+from pqk_fast.prepare import prepare
 from pqk_fast.record import environment
 from pqk_fast.trainer import TrainingDivergedError, accuracy
 
@@ -49,8 +49,8 @@ def _run(recipe: Recipe, splits: Splits, out: Path, device: str) -> None:
         report.plot_curves(record, out / "curves.png")
         written.append("curves.png")
     except (ImportError, ValueError) as error:
-        console.print(f"no picture of the curves: {error}")
-    console.print(f"{out}: {', '.join(written)}")
+        console.print(escape(f"no picture of the curves: {error}"))
+    console.print(escape(f"{out}: {', '.join(written)}"))
 
 
 def _seconds_since(start: float) -> str:
@@ -63,6 +63,7 @@ def demo(args: argparse.Namespace) -> None:
         # A demo is made to be run again.
         for name in ("record.json", "checkpoint.pt", "curves.png"):
             (args.out / name).unlink(missing_ok=True)
+    check_run(recipe, args.out)
     start = time.perf_counter()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("synthesizing spoken words")
@@ -70,50 +71,52 @@ def demo(args: argparse.Namespace) -> None:
     console.print(f"spoken words made in {_seconds_since(start)}")
     if args.keep_data:
         write_spoken_words(data, args.keep_data)
-        console.print(f"written to {args.keep_data}")
+        console.print(escape(f"written to {args.keep_data}"))
     _run(recipe, speech_splits(data, recipe.data.batch_size, args.device), args.out, args.device)
     console.print(f"whole demo: {_seconds_since(start)}")
 
 
 def train(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
-    splits = load_splits(recipe, args.data, args.device, args.download)
-    _run(recipe, splits, args.out or Path("runs") / recipe.name, args.device)
+    out = args.out or Path("runs") / recipe.name
+    check_run(recipe, out)
+    _run(recipe, load_splits(recipe, args.data, args.device, args.download), out, args.device)
 
 
-def _restore(recipe: Recipe, saved: dict[str, Any], device: str) -> torch.nn.Module:
-    """The model of one stage as the checkpoint has it."""
+def _saved_models(recipe: Recipe, saved: dict[str, Any], view: str, device: str) -> Iterator[torch.nn.Module | None]:
+    """One stage's network as it was after the last epoch, then after its best one (None: no epoch qualified)."""
     model = create_model(recipe.model, recipe.data.classes)
-    if saved["phase"]:
+    if saved["prepared"]:
         prepare(model, recipe.pqk)
-    model.to(device).load_state_dict(saved["state"])
-    if saved["phase"] == 2:
-        start_phase2(model)
-        model.load_state_dict(saved["state"])
-    return model
+    model.to(device)
+    best = saved["best"].get(view)
+    for state in (saved["state"], best and best["state"]):
+        if state is not None:
+            model.load_state_dict(state)
+        yield model if state is not None else None
 
 
 def evaluate(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.run / "checkpoint.pt" if args.run.is_dir() else args.run, args.device)
     recipe = recipe_from_dict(checkpoint["recipe"])
-    batches: dict[str, Batches]
+    batches: Batches | None
     if args.split == "all":
-        batches = {"all clips": word_folder_batches(recipe.data, args.data, args.device)}
+        batches = word_folder_batches(recipe.data, args.data, args.device)
     else:
-        splits = load_splits(recipe, args.data, args.device)
-        found = splits.validation if args.split == "validation" else splits.testing
-        if found is None:
-            raise ValueError(f"{recipe.data.name} has no {args.split} split with this recipe (data.validation = 0)")
-        batches = {args.split: found}
-    (name, split), *_ = batches.items()
-    table = Table(title=f"{recipe.name}, {name}: accuracy, %")
+        batches = getattr(load_splits(recipe, args.data, args.device), args.split)
+    if batches is None:
+        raise ValueError(f"{recipe.data.name} has no {args.split} split with this recipe (data.validation = 0)")
+    table = Table(title=f"{recipe.name}, {'all clips' if args.split == 'all' else args.split}: accuracy (%)")
     table.add_column("network")
-    table.add_column("accuracy", justify="right")
+    for column in ("last epoch", "best epoch"):
+        table.add_column(column, justify="right")
     for (stage, view), result in RESULT_NAMES.items():
         if stage in checkpoint["stages"]:
-            model = _restore(recipe, checkpoint["stages"][stage], args.device)
-            forward = branch(model, "teacher") if view == "validation_f" else model
-            table.add_row(result, f"{accuracy(model, split, forward):.1f}")
+            cells = []
+            for model in _saved_models(recipe, checkpoint["stages"][stage], view, args.device):
+                forward = model if model is None or view == "validation" else branch(model, "teacher")
+                cells.append("-" if model is None else f"{accuracy(model, batches, forward):.1f}")
+            table.add_row(result, *cells)
     console.print(table)
 
 
@@ -144,7 +147,9 @@ def _device(text: str) -> str:
     try:
         device = torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device; expected cpu, cuda or cuda:0") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device to train on; expected cpu, cuda or cuda:0")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(
             f"{text!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use cpu"
@@ -213,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args.function(args)
     except KeyboardInterrupt:
-        console.print("\n[bold]interrupted[/]: checkpoint.pt in the run folder holds the last finished epoch")
+        console.print("\n[bold]interrupted[/]: a run folder's checkpoint.pt holds its last finished epoch")
         return 130
     except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         return 1
     return 0
 

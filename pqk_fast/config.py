@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pqk_fast.reference import STE_MODES, TEACHER_WEIGHTS
+
 STEP_INITS = ("mean", "lsq", "max", "mse")
 RECIPES = Path(str(resources.files("pqk_fast"))) / "recipes"
 STAGES = ("vanilla", "phase1", "phase2", "finetune")
@@ -25,11 +27,11 @@ class ConfigError(ValueError):
     """A setting that cannot be: the message says what was expected, what came and how to mend it."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` with the closest known name, or the list of all of them."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean 'x'?"`` with the closest known name, or the list of all of them; ``prefix`` goes before each."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(prefix + k for k in known)}"
 
 
 def check_bits(bits: int) -> int:
@@ -72,7 +74,7 @@ class PQKConfig:
         sparsity: target fraction of pruned weights p_t, in [0, 1).
         scope: "global" ranks all layers together, "layer" gives every layer the same sparsity.
         layer_sparsity: name or ``re:`` pattern -> that layer's own sparsity, outside the global pool.
-        exclude: names or ``re:`` patterns of modules that stay as they are.
+        exclude: names or ``re:`` patterns of Linear and convolution layers (or what holds them) that stay as they are.
         mask_interval: optimizer steps between mask updates, p_u.
         mask_end: part of phase 1, in (0, 1], after which p_t is reached and the mask no longer moves.
         initial_sparsity: p_i of Eq. 1.
@@ -104,9 +106,14 @@ class PQKConfig:
         _check_types(self)
         check_sparsity(self.sparsity)
         check_sparsity(self.initial_sparsity, "initial_sparsity")
+        _require(
+            self.initial_sparsity <= self.sparsity,
+            f"initial_sparsity must not be above sparsity {self.sparsity}, got {self.initial_sparsity}",
+        )
         for name, value in self.layer_sparsity.items():
             check_sparsity(value, f"layer_sparsity[{name!r}]")
         for pattern in (*self.exclude, *self.layer_sparsity):
+            _require(isinstance(pattern, str), f"patterns are module names or 're:...', got {pattern!r}")
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])
@@ -114,8 +121,8 @@ class PQKConfig:
                     raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
         check_choice("scope", self.scope, ("global", "layer"))
         check_choice("step_init", self.step_init, STEP_INITS)
-        check_choice("ste", self.ste, ("identity", "clipped"))
-        check_choice("teacher_weights", self.teacher_weights, ("latent", "shared"))
+        check_choice("ste", self.ste, STE_MODES)
+        check_choice("teacher_weights", self.teacher_weights, TEACHER_WEIGHTS)
         check_choice("teacher_bn", self.teacher_bn, ("fresh", "copy"))
         _require(self.mask_interval >= 1, f"mask_interval must be at least 1 step, got {self.mask_interval}")
         _require(0 < self.mask_end <= 1, f"mask_end must lie in (0, 1], a part of phase 1; got {self.mask_end}")
@@ -168,7 +175,8 @@ class PhaseConfig:
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         check_choice("lr_schedule", self.lr_schedule, ("drops", "cosine", "constant"))
         _require(
-            list(self.lr_drops) == sorted(self.lr_drops), f"lr_drops must be rising step numbers, got {self.lr_drops}"
+            list(self.lr_drops) == sorted(self.lr_drops) and all(drop >= 0 for drop in self.lr_drops),
+            f"lr_drops must be rising step numbers, got {self.lr_drops}",
         )
         _require(self.lr_gamma > 0, f"lr_gamma must be positive, got {self.lr_gamma}")
         _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
@@ -190,7 +198,10 @@ class Phase2Config(PhaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.distill_start >= 0, f"distill_start must not be negative, got {self.distill_start}")
+        _require(
+            0 <= self.distill_start < self.steps,
+            f"distill_start must be a step of phase 2, 0..{self.steps - 1}, got {self.distill_start}",
+        )
         _require(self.alpha >= 0 and self.beta >= 0, f"alpha and beta must be >= 0, got {self.alpha}, {self.beta}")
         _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         check_choice("forward", self.forward, ("auto", "two_pass", "stacked"))
@@ -226,10 +237,20 @@ class Recipe:
         for stage in self.stages:
             check_choice("stages", stage, STAGES)
         _require(len(self.stages) > 0, "stages must name at least one of " + ", ".join(STAGES))
-        later = {"phase2", "finetune"} & set(self.stages)
+        _require(len(set(self.stages)) == len(self.stages), f"stages names one twice: {list(self.stages)}")
+        later = [stage for stage in ("phase2", "finetune") if stage in self.stages]
         _require(
             not later or "phase1" in self.stages,
-            f"stages: {' and '.join(sorted(later))} start from phase1's network: add 'phase1' to {list(self.stages)}",
+            f"stages: {' and '.join(later)} need phase1's network: add 'phase1' to {list(self.stages)}",
+        )
+        _require(
+            not later or self.pqk.sparsity > 0,
+            f"stages: {' and '.join(later)} need pruned weights, but pqk.sparsity is 0",
+        )
+        _require(
+            "phase1" not in self.stages or self.phase1.steps > self.pqk.mask_interval,
+            f"phase1.steps = {self.phase1.steps} leaves no time to prune: a mask is made every pqk.mask_interval = "
+            f"{self.pqk.mask_interval} steps",
         )
 
 
@@ -272,7 +293,7 @@ def _check_types(config: Any) -> None:
 def _build(cls: Callable[..., Any], values: Mapping[str, Any], where: str = "") -> Any:
     kinds = typing.get_type_hints(cls)
     for key in values:
-        _require(key in kinds, f"unknown key {where + key!r}{nearest(key, kinds)}")
+        _require(key in kinds, f"unknown key {where + key!r}{nearest(key, kinds, where)}")
     return cls(**{key: _convert(value, kinds[key], where + key) for key, value in values.items()})
 
 

@@ -1,7 +1,8 @@
 """Drop-in layers: the latent fp32 weight stays one Parameter named ``weight``; mask and step size sit beside it.
 
-A layer's ``phase`` (1 or 2) and ``branch`` ("student", "teacher" or "stacked") are plain attributes, set for a whole
-model by :mod:`pqk_fast.prepare`.
+A layer's ``phase`` (1 or 2) and ``branch`` ("student", "teacher" or "stacked") are plain Python attributes, set for a
+whole model by :mod:`pqk_fast.prepare` and :mod:`pqk_fast.branches`. The phase is in the state dict as well
+(``pqk_phase``), so that a model loaded from phase 2 goes on in phase 2.
 
 | phase | branch  | forward uses                       | weight gradient reaches | step size |
 |-------|---------|------------------------------------|-------------------------|-----------|
@@ -24,23 +25,65 @@ from pqk_fast import ops
 from pqk_fast.config import PQKConfig
 from pqk_fast.step_size import initial_step
 
-BRANCHES = ("student", "teacher", "stacked")
 Layer = TypeVar("Layer", bound="PQKLayer")
 
 
-def _own_state(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``module``'s attributes with tables of their own, so that registering here does not change ``module``."""
-    items = module.__dict__.items()
-    return {
-        name: value.copy() if isinstance(value, dict | set) else value for name, value in items if name not in without
+def _take_over(new: Any, old: nn.Module) -> None:
+    """Make ``new`` stand for ``old``: the same parameters, buffers, hooks and attributes, in tables of its own.
+
+    Hooks stay in the same tables, so that handles to them keep working.
+    """
+    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    new.__dict__ = {name: value.copy() if name in tables else value for name, value in old.__dict__.items()}
+
+
+def _plain_copy(source: nn.Module, kind: type[nn.Module], tensors: dict[str, Tensor | None]) -> nn.Module:
+    """A ``kind`` with ``source``'s settings and copies of ``tensors``; weight and bias keep their ``requires_grad``."""
+    module = kind.__new__(kind)
+    module.__dict__ = {
+        name: value.copy() if isinstance(value, dict | set) else value
+        for name, value in source.__dict__.items()
+        if name not in ("phase", "branch", "config", "ran")
     }
+    module._parameters, module._buffers = {}, {}
+    for name, value in tensors.items():
+        if name not in ("weight", "bias"):
+            module._buffers[name] = None if value is None else value.clone()
+        elif value is None:
+            module._parameters[name] = None
+        else:
+            module._parameters[name] = nn.Parameter(value.clone(), getattr(source, name).requires_grad)
+    return module
 
 
-class PQKLayer(nn.Module):
+class TwoPhase(nn.Module):
+    """A module that knows the phase and the branch. The phase travels in the state dict as ``pqk_phase`` (uint8 [])."""
+
+    phase: int
+    branch: str
+    pqk_phase: Tensor
+
+    def _start(self) -> None:
+        self.branch = "student"
+        self.register_buffer("pqk_phase", torch.tensor(1, dtype=torch.uint8))
+        self.set_phase(1)
+
+    def set_phase(self, phase: int) -> None:
+        """1 or 2; what learns in it is the subclass's to say."""
+        self.phase = phase
+        self.pqk_phase.fill_(phase)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}pqk_phase" in state_dict and not self.pqk_phase.is_meta:
+            self.set_phase(int(self.pqk_phase))
+
+
+class PQKLayer(TwoPhase):
     """What the three layers share. Not instantiated itself.
 
     Attributes: ``weight`` (latent, Parameter), ``weight_mask`` (bool buffer, True = kept), ``weight_step`` (fp32
-    Parameter [1] or [C]), ``bits``, ``phase``, ``branch``, ``ran`` (True once a forward has used the layer).
+    Parameter [1] or [C]), ``config``, ``phase``, ``branch``, ``ran`` (True once a forward has used the layer).
     """
 
     float_type: type[nn.Module]
@@ -58,20 +101,34 @@ class PQKLayer(nn.Module):
         step = initial_step(self.weight, mask, config.bits, config.step_init, config.per_channel)
         self.register_buffer("weight_mask", mask)
         self.weight_step = nn.Parameter(step)
-        self.bits = config.bits
-        self.ste = config.ste
-        self.mask_gradients = config.mask_gradients
-        self.teacher_weights = config.teacher_weights
-        self.phase = 1
-        self.branch = "student"
+        self.config = config
         self.ran = False
+        self._start()
+
+    @property
+    def bits(self) -> int:
+        return self.config.bits
+
+    def set_phase(self, phase: int) -> None:
+        """Phase 2 freezes the step size; the mask is the Pruner's, which refuses phase 2."""
+        super().set_phase(phase)
+        self.weight_step.requires_grad_(phase == 1)
+        self.weight_step.grad = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts as ever, but the step size stays fp32: in fp16 its smallest value is 0, in bf16 it stalls."""
+        step = self.weight_step.detach()
+        super()._apply(fn, recurse)
+        if self.weight_step.dtype != torch.float32:
+            self.weight_step.data = step.to(self.weight_step.device)
+        return self
 
     @classmethod
     def from_float(cls: type[Layer], module: nn.Module, config: PQKConfig) -> Layer:
         """The layer around ``module``'s own parameters (shared, not copied). Masks keep everything at first.
 
         Raises TypeError if ``module`` is not exactly the float layer that this class stands for, or if its weight is
-        not a floating-point Parameter (weight_norm, parametrizations).
+        not an fp32, bf16 or fp16 Parameter (weight_norm).
         """
         if type(module) is not cls.float_type:
             raise TypeError(f"{cls.__name__}.from_float takes a {cls.float_type.__name__}, got {type(module).__name__}")
@@ -80,35 +137,30 @@ class PQKLayer(nn.Module):
                 f"{type(module).__name__}.weight is computed from other parameters (weight_norm, spectral_norm); "
                 "remove that first (torch.nn.utils.remove_weight_norm)"
             )
+        if module.weight.dtype not in ops.WEIGHT_DTYPES:
+            raise TypeError(f"weights must be fp32, bf16 or fp16, got {module.weight.dtype}; use model.float() first")
         layer = cls.__new__(cls)
-        layer.__dict__ = _own_state(module)
+        _take_over(layer, module)
         layer._attach(config)
         return layer
 
     @torch.no_grad()
     def to_float(self, branch: str = "student") -> nn.Module:
         """A plain float layer with this branch's weight baked in; nothing is shared with the PQK layer."""
-        names = ("bits", "ste", "mask_gradients", "teacher_weights", "phase", "branch", "ran")
-        module = self.float_type.__new__(self.float_type)
-        module.__dict__ = _own_state(self, without=names)
-        module._buffers = {}
         weight = self.student_weight(self.weight.dtype) if branch == "student" else self.full_weight()
-        module._parameters = {
-            "weight": nn.Parameter(weight.clone()),
-            "bias": None if self.bias is None else nn.Parameter(self.bias.clone()),
-        }
-        return module
+        return _plain_copy(self, self.float_type, {"weight": weight, "bias": self.bias})
 
     def student_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """``wbar``: masked, fake-quantized. In phase 2 its gradient reaches kept weights only and S is a constant."""
         frozen = self.phase == 2
         step = self.weight_step.detach() if frozen else self.weight_step
-        hard = frozen or self.mask_gradients
-        return ops.fake_quant(self.weight, self.weight_mask, step, self.bits, self.ste, hard, dtype)
+        hard = frozen or self.config.mask_gradients
+        return ops.fake_quant(self.weight, self.weight_mask, step, self.bits, self.config.ste, hard, dtype)
 
     def full_weight(self) -> Tensor:
         """The teacher's weight: latent, or with its kept part quantized; its gradient reaches pruned weights only."""
-        return ops.teacher_weight(self.weight, self.weight_mask, self.weight_step, self.bits, self.teacher_weights)
+        how = self.config.teacher_weights
+        return ops.teacher_weight(self.weight, self.weight_mask, self.weight_step, self.bits, how)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         if self.branch == "student":
@@ -120,7 +172,7 @@ class PQKLayer(nn.Module):
         return self.weight, self.weight_mask, self.weight_step, self.bits, self.bias
 
     def _dual_options(self) -> dict[str, Any]:
-        return {"teacher_weights": self.teacher_weights, "ste": self.ste}
+        return {"teacher_weights": self.config.teacher_weights, "ste": self.config.ste}
 
     def extra_repr(self) -> str:
         channels = "" if self.weight_step.numel() == 1 else ", per channel"
@@ -179,21 +231,45 @@ class PQKConv1d(PQKLayer, nn.Conv1d):
 PQK_LAYERS: tuple[type[PQKLayer], ...] = (PQKLinear, PQKConv1d, PQKConv2d)
 
 
-class DualBatchNorm(_BatchNorm):
+BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class DualBatchNorm(TwoPhase, _BatchNorm):
     """BatchNorm with one set of statistics and affine parameters for the student, another for the full net.
 
     The student's keep the original names (``weight``, ``running_mean``, ...), the full net's are prefixed with
     ``teacher_`` and exist from the start, so that shapes never change; a float state dict loads strictly (the full
-    net's entries then follow the student's). Made by :meth:`from_float`; a class each for BatchNorm1d, 2d and 3d.
+    net's entries then follow the student's). A class each for BatchNorm1d, 2d and 3d.
     """
 
     float_type: type[_BatchNorm]
-    branch: str
     teacher_weight: nn.Parameter | None
     teacher_bias: nn.Parameter | None
     teacher_running_mean: Tensor | None
     teacher_running_var: Tensor | None
     teacher_num_batches_tracked: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._attach()
+
+    def _attach(self) -> None:
+        for name in BATCH_NORM_STATE:
+            own = getattr(self, name)
+            if name in ("weight", "bias"):
+                frozen = None if own is None else nn.Parameter(own.detach().clone(), requires_grad=False)
+                self.register_parameter(f"teacher_{name}", frozen)
+            else:
+                self.register_buffer(f"teacher_{name}", None if own is None else own.clone())
+        self._start()
+
+    def set_phase(self, phase: int) -> None:
+        """The full net's affine parameters learn in phase 2, where the student's do."""
+        super().set_phase(phase)
+        for name in ("weight", "bias"):
+            own = getattr(self, name)
+            if own is not None:
+                getattr(self, f"teacher_{name}").requires_grad_(phase == 2 and own.requires_grad)
 
     @classmethod
     def from_float(cls, module: nn.Module) -> DualBatchNorm:
@@ -202,43 +278,32 @@ class DualBatchNorm(_BatchNorm):
         if kind is None:
             raise TypeError(f"DualBatchNorm.from_float takes BatchNorm1d, 2d or 3d, got {type(module).__name__}")
         dual = kind.__new__(kind)
-        dual.__dict__ = _own_state(module)
-        for name in ("weight", "bias"):
-            own = getattr(module, name)
-            frozen = None if own is None else nn.Parameter(own.detach().clone(), requires_grad=False)
-            dual.register_parameter(f"teacher_{name}", frozen)
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            own = getattr(module, name)
-            dual.register_buffer(f"teacher_{name}", None if own is None else own.clone())
-        dual.branch = "student"
+        _take_over(dual, module)
+        dual._attach()
         return dual
 
     @torch.no_grad()
     def to_float(self, branch: str = "student") -> nn.Module:
         """A plain BatchNorm with this branch's statistics and affine parameters; nothing is shared."""
-        module = self.float_type.__new__(self.float_type)
-        module.__dict__ = _own_state(self, without=("branch",))
         prefix = "teacher_" if branch == "teacher" else ""
-        parameters = {name: getattr(self, prefix + name) for name in ("weight", "bias")}
-        module._parameters = {n: None if p is None else nn.Parameter(p.clone()) for n, p in parameters.items()}
-        buffers = {n: getattr(self, prefix + n) for n in ("running_mean", "running_var", "num_batches_tracked")}
-        module._buffers = {n: None if b is None else b.clone() for n, b in buffers.items()}
-        return module
+        return _plain_copy(self, self.float_type, {name: getattr(self, prefix + name) for name in BATCH_NORM_STATE})
 
     @torch.no_grad()
     def start_teacher(self, how: str) -> None:
-        """Start the full net's set ``"fresh"`` (mean 0, variance 1, affine 1 and 0) or as a ``"copy"``."""
+        """Start the full net's set ``"fresh"`` (mean 0, variance 1, affine 1 and 0) or as a ``"copy"``.
+
+        A frozen BatchNorm (affine parameters that do not learn) is copied in any case: a fresh one could not adapt.
+        """
+        frozen = self.weight is not None and not self.weight.requires_grad
         fresh = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
         for name, value in fresh.items():
             teacher = getattr(self, f"teacher_{name}")
             if teacher is None:
                 continue
-            if how == "copy":
+            if how == "copy" or frozen:
                 teacher.copy_(getattr(self, name))
             else:
                 teacher.fill_(value)
-            if isinstance(teacher, nn.Parameter):
-                teacher.requires_grad_(True)
 
     def _normalize(self, x: Tensor, prefix: str) -> Tensor:
         mean, var = getattr(self, f"{prefix}running_mean"), getattr(self, f"{prefix}running_var")
@@ -268,9 +333,11 @@ class DualBatchNorm(_BatchNorm):
         return torch.cat([self._normalize(student, ""), self._normalize(teacher, "teacher_")])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            if f"{prefix}teacher_{name}" not in state_dict and f"{prefix}{name}" in state_dict:
-                state_dict[f"{prefix}teacher_{name}"] = state_dict[f"{prefix}{name}"]
+        if f"{prefix}pqk_phase" not in state_dict:  # a float state dict
+            for name in BATCH_NORM_STATE:
+                if f"{prefix}{name}" in state_dict:
+                    state_dict[f"{prefix}teacher_{name}"] = state_dict[f"{prefix}{name}"].clone()
+            state_dict[f"{prefix}pqk_phase"] = self.pqk_phase.clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

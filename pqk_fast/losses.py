@@ -36,6 +36,11 @@ class DistillationLoss(nn.Module):
         self.beta.fill_(beta)
 
     def forward(self, logits: Tensor, other: Tensor, target: Tensor) -> Tensor:
+        if logits.dim() != 2 or logits.shape != other.shape:
+            raise ValueError(
+                f"expected two logits [B, classes], got {tuple(logits.shape)} and {tuple(other.shape)}; bring other "
+                "outputs into that form, pixels or tokens as rows of the batch"
+            )
         temperature = self.temperature
         log_p = F.log_softmax(logits / temperature, dim=-1)
         log_other = F.log_softmax(other.detach() / temperature, dim=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pqk_fast import ops
-from pqk_fast.branches import require_prepared
+from pqk_fast.branches import config_of, require_prepared
 from pqk_fast.config import ConfigError, PQKConfig, matches
 from pqk_fast.layers import PQKLayer
 from pqk_fast.schedule import last_mask_step, sparsity_of_mask
@@ -56,9 +56,11 @@ class Pruner:
         layers = require_prepared(model)
         if any(layer.phase != 1 for layer in layers.values()):
             raise ValueError("masks are frozen in phase 2: make the Pruner before start_phase2")
-        if steps < 1 or epoch_steps < 1:
-            raise ValueError(f"steps and epoch_steps must be at least 1, got {steps} and {epoch_steps}")
-        self.config = config or getattr(model, "pqk_config", None) or PQKConfig()
+        if not (isinstance(steps, int) and isinstance(epoch_steps, int) and min(steps, epoch_steps) >= 1):
+            raise ValueError(
+                f"steps and epoch_steps must be whole numbers of at least 1, got {steps} and {epoch_steps}"
+            )
+        self.config = config or config_of(model)
         self.steps = steps
         self.epoch_steps = epoch_steps
         self.iteration = 0
@@ -96,7 +98,7 @@ class Pruner:
                 epoch_steps=self.epoch_steps,
                 interval=config.mask_interval,
                 target=pool.target,
-                initial=min(config.initial_sparsity, pool.target),
+                initial=min(config.initial_sparsity, pool.target),  # a layer's own target may be below p_i
                 mask_end=config.mask_end,
             )
             if sparsity is None:
@@ -110,12 +112,12 @@ class Pruner:
     @torch.no_grad()
     def step(self) -> bool:
         """Count one optimizer step; True if the masks moved."""
-        if self.iteration == 0:
-            self._check_all_ran()
         if self.iteration >= self.steps:
             raise ValueError(f"the phase was announced with {self.steps} steps and is over; make a Pruner with more")
         self.iteration += 1
         torch._foreach_clamp_min_([layer.weight_step for layer in self._unique.values()], SMALLEST_STEP)
+        if self.iteration == min(self.config.mask_interval, self.steps):
+            self._check_all_ran()
         moved = self.iteration < self.steps and self._update_masks(self.iteration)
         if moved and self.finished:
             self._warn_of_empty_layers()
@@ -134,8 +136,9 @@ class Pruner:
         idle = [name for name, layer in self._layers.items() if not layer.ran]
         if idle:
             raise ValueError(
-                f"prepared layers that never ran in a forward: {', '.join(idle)}; the model does not use them or reads "
-                "their weight itself, past pruning and quantization: leave them out by PQKConfig.exclude or filter_fn"
+                f"prepared layers that never ran in a forward in {self.iteration} steps: {', '.join(idle)}; the model "
+                "does not use them or reads their weight itself, past pruning and quantization: leave them out by "
+                "PQKConfig.exclude or filter_fn"
             )
 
     @property

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from pqk_fast.branches import require_prepared
+from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
 from pqk_fast.config import ConfigError, PQKConfig, check_choice, matches, nearest
-from pqk_fast.layers import PQK_LAYERS, DualBatchNorm, PQKLayer
+from pqk_fast.layers import PQK_LAYERS, DualBatchNorm, PQKLayer, TwoPhase
 
 Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool]
 
 _LAYER_OF: dict[type, type[PQKLayer]] = {layer.float_type: layer for layer in PQK_LAYERS}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
 
 
 def _replace(model: nn.Module, old_to_new: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -38,11 +39,26 @@ def _share_with_twin(layer: PQKLayer, twins: dict[torch.Tensor, PQKLayer]) -> No
     layer._buffers["weight_mask"] = twin.weight_mask
 
 
-def _check_patterns(config: PQKConfig, names: list[str]) -> None:
-    for pattern in (*config.exclude, *config.layer_sparsity):
+def _check_patterns(setting: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             hint = "" if pattern.startswith("re:") else nearest(pattern, names)
-            raise ConfigError(f"pattern {pattern!r} matches no module of the model{hint}")
+            raise ConfigError(f"{setting}: {pattern!r} matches none of the layers that can be prepared{hint}")
+
+
+def _refuse_ties(model: nn.Module, config: PQKConfig) -> None:
+    """A weight that another module reads too would be dense there, and get the wrong branch's gradient."""
+    owners = {layer.weight: name for name, layer in pqk_layers(model).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, PQKLayer):
+            continue
+        for parameter in module._parameters.values():
+            if parameter in owners:
+                layer = owners[parameter]
+                raise ValueError(
+                    f"{layer}.weight is also a parameter of {name} ({type(module).__name__}), which is not prepared "
+                    f"and would use it dense and unquantized; add {layer!r} to PQKConfig.exclude, or untie the two"
+                )
 
 
 def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn | None = None) -> Model:
@@ -61,26 +77,31 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
         The model.
 
     Raises:
-        ValueError: nothing to prepare, prepared already, a pattern that matches nothing, SyncBatchNorm.
-        TypeError: a weight computed from other parameters (weight_norm).
+        ValueError: nothing to prepare, prepared already, a pattern that matches nothing, SyncBatchNorm, a weight
+            shared with a module that is not prepared.
+        TypeError: a weight computed from other parameters (weight_norm), or not fp32, bf16 or fp16.
     """
-    config = config or PQKConfig()
+    config = PQKConfig() if config is None else config
+    if not isinstance(config, PQKConfig):
+        raise TypeError(f"config must be a PQKConfig, got {type(config).__name__}; write PQKConfig(bits=4, ...)")
     if any(isinstance(module, PQKLayer) for module in model.modules()):
         raise ValueError("the model is prepared already; convert(model) gives a plain one")
     named = dict(model.named_modules())
-    _check_patterns(config, list(named))
+    # under every name that a shared module has
+    candidates = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, tuple(_LAYER_OF))}
+    _check_patterns("exclude", config.exclude, candidates)
+    excluded = {m for n, m in candidates.items() if any(matches(n, pattern) for pattern in config.exclude)}
     swapped: dict[nn.Module, nn.Module] = {}
     left_float: list[str] = []
     twins: dict[torch.Tensor, PQKLayer] = {}
     for name, module in named.items():
-        excluded = any(matches(name, pattern) for pattern in config.exclude)
         if isinstance(module, nn.SyncBatchNorm):
-            raise ValueError(
-                f"{name} is a SyncBatchNorm: its statistics cannot be split; prepare before converting to it"
-            )
+            raise ValueError(f"{name} is a SyncBatchNorm, which cannot keep two branches apart; use BatchNorm")
         if type(module) in _BATCH_NORMS:
             swapped[module] = DualBatchNorm.from_float(module)
-        elif isinstance(module, tuple(_LAYER_OF)) and not excluded and (filter_fn is None or filter_fn(module, name)):
+        elif isinstance(module, _NORMS_WITH_STATISTICS) and module.track_running_stats:
+            left_float.append(f"{name} ({type(module).__name__}: both branches will share its statistics)")
+        elif name in candidates and module not in excluded and (filter_fn is None or filter_fn(module, name)):
             kind = _LAYER_OF.get(type(module))
             if kind is None:
                 left_float.append(f"{name} ({type(module).__name__})")
@@ -99,8 +120,14 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
             "left in floating point, as subclasses with code of their own: " + ", ".join(left_float), stacklevel=2
         )
     prepared = _replace(model, swapped)
+    layers = [n for n, m in prepared.named_modules(remove_duplicate=False) if isinstance(m, PQKLayer)]
+    try:
+        _check_patterns("layer_sparsity", config.layer_sparsity, layers)
+        _refuse_ties(prepared, config)
+    except ValueError:
+        _replace(prepared, {new: old for old, new in swapped.items()})
+        raise
     _set_fast_paths(prepared, allowed=False)
-    prepared.pqk_config = config  # type: ignore[assignment]
     return prepared  # type: ignore[return-value]
 
 
@@ -124,7 +151,8 @@ def start_phase2(model: Model) -> Model:
     """Freeze masks and step sizes, start the full net's BatchNorm, and let both branches learn. In place.
 
     Make a new optimizer afterwards (``param_groups``): the full net's BatchNorm parameters learn from now on, the step
-    sizes no longer. Raises ValueError for an unprepared model, one already in phase 2, or masks that prune nothing.
+    sizes no longer. Phase, masks and steps are in the state dict: to resume, ``prepare`` and load it, nothing more.
+    Raises ValueError for an unprepared model, one already in phase 2, or masks that prune nothing.
     """
     layers = require_prepared(model)
     if any(layer.phase == 2 for layer in layers.values()):
@@ -134,14 +162,14 @@ def start_phase2(model: Model) -> Model:
             "no weight is pruned, so the full net has nothing of its own to learn: "
             "run phase 1 with a Pruner first, or load its checkpoint"
         )
-    for layer in layers.values():
-        layer.phase = 2
-        layer.weight_step.requires_grad_(False)
-    config = getattr(model, "pqk_config", None)
-    how = config.teacher_bn if isinstance(config, PQKConfig) else "fresh"
+    how = config_of(model).teacher_bn
     for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError("the model has a SyncBatchNorm, which cannot keep two branches apart; use BatchNorm")
         if isinstance(module, DualBatchNorm):
             module.start_teacher(how)
+        if isinstance(module, TwoPhase):
+            module.set_phase(2)
     model.stacked_is_right = None  # type: ignore[assignment]
     return model
 
@@ -152,11 +180,13 @@ def convert(model: Model, branch: str = "student") -> Model:
 
     ``branch`` is "student" (masked, quantized weights) or "teacher" (the full net).
     """
-    require_prepared(model)
     check_choice("branch", branch, ("student", "teacher"))
+    if branch == "teacher":
+        require_phase2(model)
+    else:
+        require_prepared(model)
     plain = copy.deepcopy(model)
-    for name in ("pqk_config", "stacked_is_right"):
-        plain.__dict__.pop(name, None)
+    plain.__dict__.pop("stacked_is_right", None)
     swapped: dict[nn.Module, nn.Module] = {}
     floats: dict[torch.Tensor, nn.Parameter] = {}
     for module in plain.modules():
@@ -176,11 +206,17 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Two groups for any torch optimizer: the weights, and the step sizes at their own rate without weight decay.
 
-    ``step_lr`` defaults to ``1e-4 * lr`` (Eq. 7). Parameters that do not learn now (frozen steps, the full net's
-    BatchNorm in phase 1) are left out, so make the optimizer anew after :func:`start_phase2`. The groups carry a
-    ``"lr_scale"`` (1, and ``step_lr / lr``) for schedules that set ``group["lr"]`` themselves.
+    ``step_lr`` defaults to ``1e-4 * lr`` (Eq. 7), which is meant for SGD. Adam divides by the gradient's size, so give
+    it a ``step_lr`` of its own, such as ``1e-2 * lr``. Schedulers must scale the groups, not set one rate for all
+    (OneCycleLR: ``max_lr=[group["lr"] for group in groups]``); the groups carry a ``"lr_scale"`` (1, and ``step_lr /
+    lr``) for loops that set ``group["lr"]`` themselves. Parameters that do not learn now (frozen steps, the full net's
+    BatchNorm in phase 1) are left out, so make the optimizer anew after :func:`start_phase2`.
+
+    Raises ValueError for an unprepared model or an ``lr`` that is not positive.
     """
     layers = require_prepared(model)
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
     steps = {layer.weight_step for layer in layers.values()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scale = 1e-4 if step_lr is None else step_lr / lr

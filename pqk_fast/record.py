@@ -4,16 +4,18 @@ A record is a dictionary:
 
 ```
 {"format": "pqk_fast record", "version": 1, "created": ISO time, "recipe": {...},
- "versions": {...}, "hardware": {...}, "seed": int,
+ "versions": {...}, "hardware": {...}, "device": "cpu", "seed": int,
  "data": {"name": str, "train": n, "validation": n, "testing": n},
- "curves": {STAGE: [{"epoch", "step", "loss", "lr", "sparsity", "validation", "validation_f", "seconds"}, ...]},
+ "curves": {STAGE: [{"epoch", "step", "loss", "lr", "sparsity", "validation", "validation_f", "seconds",
+                     "kept", "step_size", "clipped_fraction"}, ...]},
  "results": {RESULT: {"last": {"validation", "testing"}, "best_dev": {"validation", "testing", "epoch"}}},
  "kept_fraction": float, "layers": [{"name", "shape", "weights", "kept", "step_size", "clipped_fraction"}, ...],
  "seconds": {STAGE: seconds}}
 ```
 
 Accuracies are in percent, None where there is no such data. `STAGES` and `RESULTS` list the names; a stage that did not
-run is absent. `validation_f` is there in phase 2 only: the full net's accuracy beside the student's.
+run is absent. `validation_f` is there in phase 2 only: the full net's accuracy beside the student's. A row's `kept`,
+`step_size` and `clipped_fraction` are lists, a value a layer in the order of `layers`.
 """
 
 import json

@@ -305,10 +305,11 @@ def _draw_phase2(axes: "Axes", record: Record) -> None:
         axes.axvline(warm_up, color=GREY, linewidth=1.2, zorder=1)
         axes.annotate(
             "distillation starts",
-            (warm_up, 0.02),
+            (warm_up, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(4, 0),
             textcoords="offset points",
+            va="top",
             fontsize=9,
             color=GREY,
         )

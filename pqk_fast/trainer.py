@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk_fast.branches import branch, dual_forward, pqk_layers
+from pqk_fast.branches import branch, config_of, dual_forward, pqk_layers
 from pqk_fast.callbacks import Callback, Row
 from pqk_fast.checkpoint import save_checkpoint
 from pqk_fast.config import PhaseConfig, Recipe, to_dict
-from pqk_fast.layers import PQKLayer
 from pqk_fast.losses import MutualDistillationLoss
 from pqk_fast.masks import Pruner
 from pqk_fast.prepare import param_groups, prepare, start_phase2
@@ -36,10 +35,17 @@ class TrainingDivergedError(RuntimeError):
 
 
 def layer_statistics(model: nn.Module) -> list[dict[str, Any]]:
-    """For each PQK layer: name, shape, weights, kept, step size (mean over channels), clipped fraction of kept ones."""
+    """For each PQK layer: name, shape, weights, kept, step size (mean over channels), clipped fraction of kept ones.
+
+    Layers that share one weight appear once, by the first's name.
+    """
     rows = []
+    seen: set[int] = set()
     with torch.no_grad():
         for name, layer in pqk_layers(model).items():
+            if id(layer.weight) in seen:
+                continue
+            seen.add(id(layer.weight))
             kept = int(layer.weight_mask.sum())
             outside = scaled(layer.weight, layer.weight_mask, layer.weight_step).abs() > levels(layer.bits)
             rows.append(
@@ -61,15 +67,18 @@ def accuracy(model: nn.Module, batches: Batches, forward: Forward | None = None)
 
     ``forward`` defaults to the model itself. Raises ValueError if ``batches`` is empty.
     """
-    was_training = model.training
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     right, total = torch.zeros((), dtype=torch.long, device=device), 0
-    for x, y in batches:
-        logits = (forward or model)(x.to(device))
-        right += (logits.argmax(-1) == y.to(device)).sum()
-        total += y.numel()
-    model.train(was_training)
+    try:
+        model.eval()
+        for x, y in batches:
+            logits = (forward or model)(x.to(device))
+            right += (logits.argmax(-1) == y.to(device)).sum()
+            total += y.numel()
+    finally:
+        for module, training in modes:
+            module.training = training
     if not total:
         raise ValueError("nothing to evaluate: the batches are empty")
     return 100.0 * int(right) / total
@@ -182,6 +191,8 @@ class Trainer:
         phase = self.recipe.phase1
         if not pqk_layers(self.model):
             self.model = prepare(self.model, self.recipe.pqk)
+        elif config_of(self.model) != self.recipe.pqk:
+            raise ValueError("the model was prepared with another config than the recipe's: give the plain float model")
         pruner = Pruner(self.model, phase.steps, phase.epoch_steps)
         return self._run(replace(self._plain("phase1", phase), pruner=pruner), train, val)
 
@@ -298,8 +309,12 @@ class Trainer:
                 state = state or {name: tensor.clone() for name, tensor in model.state_dict().items()}
                 result.best[view] = (row, state)
         result.rows.append(row)
-        last_good = state or {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self._saved[stage.name] = {"state": last_good, "step": row["step"], "phase": _phase_of(model)}
+        self._saved[stage.name] = {
+            "prepared": bool(layers),
+            "step": row["step"],
+            "state": state or {name: tensor.clone() for name, tensor in model.state_dict().items()},
+            "best": {view: {"epoch": r["epoch"], "state": s} for view, (r, s) in result.best.items()},
+        }
         if self.checkpoint is not None:
             save_checkpoint(self.checkpoint, {"recipe": to_dict(self.recipe), "stages": self._saved})
         for callback in self.callbacks:
@@ -314,8 +329,3 @@ class Trainer:
             f"{stage.name} stopped at step {step}: {what}; {where}. Expected finite values: lower the learning rate "
             f"(now {learning_rate(step, stage.phase):g}) or look at the data.{kept}"
         )
-
-
-def _phase_of(model: nn.Module) -> int:
-    """0 for a float model, else the phase of its PQK layers."""
-    return next((m.phase for m in model.modules() if isinstance(m, PQKLayer)), 0)

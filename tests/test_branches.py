@@ -160,6 +160,25 @@ def test_inputs_without_a_common_batch_dimension_fall_back():
     assert student.shape == (4, 6)
 
 
+@pytest.mark.parametrize("how", ["autocast", "bf16 weights"])
+def test_low_precision_does_not_blind_the_comparison(how):
+    class SlightlyMixed(CentredOverBatch):
+        def forward(self, x):
+            h = self.linear(x)
+            return h - 0.5 * h.mean(0)
+
+    torch.manual_seed(0)
+    model = SlightlyMixed()
+    x = torch.randn(8, 6)
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            reason = why_not_stacked(in_phase2(model), x)
+    else:
+        reason = why_not_stacked(in_phase2(model.bfloat16()), x.bfloat16())
+    assert reason is not None
+    assert "samples of a batch meet" in reason
+
+
 def test_the_decision_is_made_anew_in_phase2():
     model = in_phase2(conv1d_net())
     assert model.stacked_is_right is None
@@ -172,8 +191,19 @@ def test_two_pass_takes_any_output_and_stacked_refuses_what_it_cannot_split():
     x = torch.randn(4, 6)
     student, teacher = dual_forward(model, x, "two_pass")
     assert student.logits.shape == teacher.logits.shape == (4, 6)
-    with pytest.raises(TypeError, match="holds a Output: use mode='two_pass'"):
+    with pytest.raises(TypeError, match="output holds a Output: use mode='two_pass'"):
         dual_forward(model, x, "stacked")
+    with pytest.warns(UserWarning, match="output holds a Output"):
+        dual_forward(model, x)
+
+    class Unwraps(CentredOverBatch):
+        def forward(self, batch):
+            return self.linear(batch.x)
+
+    batch = type("Batch", (), {"x": x})()
+    with pytest.warns(UserWarning, match="input holds a Batch"):
+        student, _ = dual_forward(in_phase2(Unwraps()), batch)
+    assert student.shape == (4, 6)
 
 
 def test_inputs_and_outputs_may_be_nested():

@@ -76,7 +76,9 @@ def test_eval_repeats_the_records_accuracies(run, speech, capsys):
         printed = capsys.readouterr().out
         for name, result in record["results"].items():
             row = next(line for line in printed.splitlines() if name in line)
-            assert f"{result['last'][split]:.1f}" in row, (name, split)
+            numbers = [result[moment][split] for moment in ("last", "best_dev")]
+            shown = [cell.strip() for cell in row.split("│")[2:4]]
+            assert shown == [f"{number:.1f}" for number in numbers], (name, split)
 
 
 def test_eval_all_takes_every_clip_without_list_files(run, speech, tmp_path, capsys):
@@ -85,6 +87,12 @@ def test_eval_all_takes_every_clip_without_list_files(run, speech, tmp_path, cap
         (tmp_path / word / "x.wav").write_bytes((speech / word / "a0_nohash_0.wav").read_bytes())
     assert cli.main(["eval", str(run), "--data", str(tmp_path), "--split", "all", "--device", "cpu"]) == 0
     assert "all clips" in capsys.readouterr().out
+
+
+def test_the_number_of_classes_must_be_the_data_sets(speech, tmp_path, capsys):
+    command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(speech), "--out", str(tmp_path / "r")]
+    assert cli.main([*command, "--set", "data.classes=5"]) == 1
+    assert "data.classes is 5, but speech_commands has 12 classes" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_never_overwritten(run, speech, capsys):
@@ -121,11 +129,16 @@ def test_recipes_and_doctor(capsys):
         (["train", "--recipe", "nowhere.toml"], "no recipe file"),
         (["train", "--recipe", "kws-res8-narrow-w4-p90"], "--data DIR"),
         (["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", "/does/not/exist"], "no such folder"),
-        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.bitz=8"], "did you mean 'bits'"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.bitz=8"], "did you mean 'pqk.bits'"),
         (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.bits=9"], "bits must be an integer in 2..8"),
         (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.sparsity=1.0"], "must lie in [0, 1)"),
         (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "bits"], "expected KEY=VALUE"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.sparsity=0"], "need pruned weights"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "phase1.steps=20"], "leaves no time to prune"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.layer_sparsity={1: .5}"], "got 1"),
+        (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "model=res9"], "did you mean res8"),
         (["eval", "/does/not/exist", "--data", "x"], "no checkpoint at"),
+        (["eval", __file__, "--data", "x"], "torn or not a checkpoint"),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments, message, capsys):
@@ -150,7 +163,7 @@ def test_a_corrupt_clip_and_missing_words_are_named(speech, tmp_path, capsys):
 
 
 def test_devices_that_are_not_there_are_refused(capsys):
-    for device in ("cuda:99", "warp"):
+    for device in ("cuda:99", "warp", "meta"):
         with pytest.raises(SystemExit):
             cli.main(["demo", "--device", device])
         assert device in capsys.readouterr().err

@@ -168,10 +168,14 @@ def test_the_last_of_several_overrides_holds() -> None:
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("pqk.bitz=8", "unknown key 'pqk.bitz'; did you mean 'bits'?"),
+        ("pqk.bitz=8", "unknown key 'pqk.bitz'; did you mean 'pqk.bits'?"),
         ("sead=1", "unknown key 'sead'; did you mean 'seed'?"),
-        ("phase2.distil_start=1", "unknown key 'phase2.distil_start'; did you mean 'distill_start'?"),
-        ("data.zzz=1", "unknown key 'data.zzz'; known: batch_size, classes, name, silence, unknown, validation"),
+        ("phase2.distil_start=1", "unknown key 'phase2.distil_start'; did you mean 'phase2.distill_start'?"),
+        (
+            "data.zzz=1",
+            "unknown key 'data.zzz'; known: data.batch_size, data.classes, data.name, data.silence, data.unknown, "
+            "data.validation",
+        ),
         ("pqk.bits=9", "bits must be an integer in 2..8, got 9"),
         ("pqk.bits=4.0", "pqk.bits must be int, got 4.0 (float)"),
         ("pqk.bits=true", "pqk.bits must be int, got True (bool)"),
@@ -192,7 +196,7 @@ def test_the_last_of_several_overrides_holds() -> None:
         ("=8", "expected KEY=VALUE such as pqk.bits=8, got '=8'"),
         ("stages=[]", "stages must name at least one of vanilla, phase1, phase2, finetune"),
         ("stages=['phase3']", "stages must be one of vanilla, phase1, phase2, finetune; got 'phase3'"),
-        ("stages=['vanilla', 'phase2']", "phase2 start from phase1's network: add 'phase1' to ['vanilla', 'phase2']"),
+        ("stages=['vanilla', 'phase2']", "phase2 need phase1's network: add 'phase1' to ['vanilla', 'phase2']"),
     ],
 )
 def test_bad_override(pair: str, message: str) -> None:
@@ -323,7 +327,15 @@ def test_a_dictionary_without_name_and_model_is_refused() -> None:
                 (phase, {"step_lr_scale": -1.0}, "step_lr_scale must not be negative, got -1.0"),
             ]
         ],
-        (Phase2Config, {"distill_start": -1}, "distill_start must not be negative, got -1"),
+        (Phase2Config, {"distill_start": -1}, "distill_start must be a step of phase 2, 0..3122, got -1"),
+        (Phase2Config, {"distill_start": 3123}, "distill_start must be a step of phase 2, 0..3122, got 3123"),
+        (
+            PQKConfig,
+            {"sparsity": 0.5, "initial_sparsity": 0.6},
+            "initial_sparsity must not be above sparsity 0.5, got 0.6",
+        ),
+        (PQKConfig, {"layer_sparsity": {1: 0.5}}, "patterns are module names or 're:...', got 1"),
+        (PhaseConfig, {"lr_drops": (-5, 3)}, "lr_drops must be rising step numbers, got (-5, 3)"),
         (Phase2Config, {"alpha": -0.5}, "alpha and beta must be >= 0, got -0.5, 0.5"),
         (Phase2Config, {"beta": NAN}, "beta must be finite, got nan"),
         (Phase2Config, {"temperature": 0.0}, "temperature must be positive, got 0.0"),
@@ -373,4 +385,5 @@ def test_matching_module_names(name: str, pattern: str, expected: bool) -> None:
 
 def test_nearest() -> None:
     assert nearest("bitz", ["sparsity", "bits"]) == "; did you mean 'bits'?"
+    assert nearest("bitz", ["sparsity", "bits"], "pqk.") == "; did you mean 'pqk.bits'?"
     assert nearest("xyz", ["sparsity", "bits"]) == "; known: bits, sparsity"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pqk_fast import PQKConfig, reference
-from pqk_fast.layers import DualBatchNorm, PQKConv1d, PQKConv2d, PQKLinear
+from pqk_fast.layers import DualBatchNorm, DualBatchNorm2d, PQKConv1d, PQKConv2d, PQKLinear
 
 CONFIG = PQKConfig(bits=3, step_init="max")
 
@@ -148,6 +148,8 @@ def test_from_float_refuses_other_modules_and_computed_weights():
         PQKLinear.from_float(nn.Conv2d(1, 1, 1), CONFIG)
     with pytest.raises(TypeError, match="takes BatchNorm1d, 2d or 3d, got LayerNorm"):
         DualBatchNorm.from_float(nn.LayerNorm(3))
+    with pytest.raises(TypeError, match=r"must be fp32, bf16 or fp16, got torch.float64; use model.float"):
+        PQKLinear.from_float(nn.Linear(3, 3).double(), CONFIG)
     with pytest.warns(FutureWarning, match="weight_norm"):
         weird = torch.nn.utils.weight_norm(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="remove_weight_norm"):
@@ -198,10 +200,49 @@ def test_the_full_nets_batch_norm_starts_fresh_or_as_a_copy(how):
     dual = DualBatchNorm.from_float(module)
     assert not dual.teacher_weight.requires_grad
     dual.start_teacher(how)
+    dual.set_phase(2)
     assert dual.teacher_weight.requires_grad
     assert dual.teacher_weight.tolist() == ([2.0] * 3 if how == "copy" else [1.0] * 3)
     assert dual.teacher_running_mean.tolist() == ([5.0] * 3 if how == "copy" else [0.0] * 3)
     assert dual.running_mean.tolist() == [5.0] * 3
+
+
+def test_a_frozen_batch_norm_is_copied_and_stays_frozen():
+    module = nn.BatchNorm1d(3).requires_grad_(False)
+    module.running_mean.fill_(5.0)
+    dual = DualBatchNorm.from_float(module)
+    dual.start_teacher("fresh")
+    dual.set_phase(2)
+    assert dual.teacher_running_mean.tolist() == [5.0] * 3
+    assert not dual.teacher_weight.requires_grad
+
+
+def test_dual_batch_norms_can_be_built_like_their_float_forms():
+    dual = DualBatchNorm2d(4, affine=False)
+    assert dual(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+    assert "teacher_running_mean" in dual.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_step_sizes_stay_fp32_whatever_the_model_is_cast_to(dtype):
+    layer = PQKLinear(7, 3)
+    step = layer.weight_step.detach().clone()
+    layer.to(dtype)
+    assert layer.weight.dtype == dtype
+    assert layer.weight_step.dtype == torch.float32
+    assert torch.equal(layer.weight_step, step), "not rounded on the way"
+    layer(torch.randn(2, 7, dtype=dtype)).sum().backward()
+    assert layer.weight_step.grad is not None
+
+
+def test_a_hook_can_be_removed_by_the_handle_that_it_had_before():
+    module, calls = nn.Linear(3, 3), []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    layer = PQKLinear.from_float(module, CONFIG)
+    layer(torch.randn(1, 3))
+    handle.remove()
+    layer(torch.randn(1, 3))
+    assert calls == [1]
 
 
 def test_a_float_state_dict_loads_strictly_into_a_dual_batch_norm():
@@ -213,6 +254,8 @@ def test_a_float_state_dict_loads_strictly_into_a_dual_batch_norm():
     assert torch.equal(dual.running_mean, source.running_mean)
     assert torch.equal(dual.teacher_running_mean, source.running_mean)
     assert set(state) == set(source.state_dict()), "the caller's dict is left as it was"
+    dual.load_state_dict(state, strict=True, assign=True)
+    assert dual.running_mean is not dual.teacher_running_mean
 
 
 def test_wrong_input_dimensions_are_refused_as_by_batch_norm():

@@ -126,3 +126,10 @@ def test_bad_weights_are_refused(kind: type[DistillationLoss], alpha: float, bet
 def test_bad_temperatures_are_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"temperature must be positive and finite, got {temperature}"):
         DistillationLoss(temperature=temperature)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4, 4), (2, 3, 4, 4)), ((3,), (3,)), ((2, 3), (2, 4))])
+def test_logits_of_another_form_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    student, teacher = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=r"expected two logits \[B, classes\], got"):
+        MutualDistillationLoss()(student, teacher, torch.zeros(2, dtype=torch.int64))

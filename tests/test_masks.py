@@ -184,10 +184,12 @@ def test_a_prepared_layer_that_never_ran_is_refused_by_name():
         def forward(self, x):
             return self.used(x)
 
-    model = prepare(Idle())
+    model = prepare(Idle(), PQKConfig(mask_interval=3))
     pruner = Pruner(model, 10, 5)
     model(torch.randn(2, 3))
-    with pytest.raises(ValueError, match=r"never ran in a forward: idle; .*exclude"):
+    pruner.step()
+    pruner.step()  # a layer may run only sometimes
+    with pytest.raises(ValueError, match=r"never ran in a forward in 3 steps: idle; .*exclude"):
         pruner.step()
 
 
@@ -206,7 +208,7 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="no PQK layers: call"):
         Pruner(small_model(), 10, 5)
     model = prepare(small_model(), PQKConfig(mask_interval=1))
-    with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
+    with pytest.raises(ValueError, match="whole numbers of at least 1, got 0 and 5"):
         Pruner(model, 0, 5)
     pruner = Pruner(model, 2, 1)
     model(batch(0)[0])
@@ -242,6 +244,20 @@ def test_tied_weights_are_counted_once_and_share_mask_and_step():
         pruner.step()
     assert int((~model.first.weight_mask).sum()) == 18
     assert torch.equal(model.first.weight_mask, model.second.weight_mask)
+
+
+def test_the_config_is_found_in_a_wrapped_model_and_must_be_one():
+    inner = prepare(small_model(), PQKConfig(sparsity=0.5, mask_interval=1, teacher_bn="copy"))
+    inner[1].running_mean.fill_(3.0)
+    wrapped = nn.Sequential(inner)
+    run_to_end(wrapped, Pruner(wrapped, 3, 1))
+    assert masked(wrapped) == int(0.5 * sum(w.numel() for w in weights_of(wrapped)))
+    mean = inner[1].running_mean.clone()
+    start_phase2(wrapped)
+    assert torch.equal(inner[1].teacher_running_mean, mean)
+    apart = nn.ModuleList([prepare(small_model(), PQKConfig(bits=bits)) for bits in (2, 4)])
+    with pytest.raises(ValueError, match="prepared with different configs"):
+        Pruner(apart, 3, 1)
 
 
 def test_state_dict_goes_on_where_it_was():

@@ -15,6 +15,7 @@ from pqk_fast import (
     Pruner,
     branch,
     convert,
+    dual_forward,
     param_groups,
     prepare,
     start_phase2,
@@ -96,9 +97,13 @@ def test_errors_say_what_to_do():
         prepare(net(), filter_fn=lambda module, name: False)
     with pytest.raises(ValueError, match="prepared already"):
         prepare(prepare(net()))
-    with pytest.raises(ConfigError, match=r"pattern 'hed' matches no module.*did you mean 'head'"):
+    with pytest.raises(ConfigError, match=r"exclude: 'hed' matches none of the layers.*did you mean 'head'"):
         prepare(nn.ModuleDict({"head": nn.Linear(3, 3)}), PQKConfig(exclude=("hed",)))
-    with pytest.raises(ValueError, match="1 is a SyncBatchNorm"):
+    with pytest.raises(ConfigError, match=r"layer_sparsity: '1' matches none of the layers"):
+        prepare(net(), PQKConfig(layer_sparsity={"1": 0.5}))
+    with pytest.raises(TypeError, match=r"config must be a PQKConfig, got dict"):
+        prepare(net(), {"bits": 4})
+    with pytest.raises(ValueError, match=r"1 is a SyncBatchNorm.*use BatchNorm"):
         prepare(nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)))
     with pytest.raises(ValueError, match="no PQK layers: call"):
         start_phase2(net())
@@ -108,6 +113,87 @@ def test_errors_say_what_to_do():
         start_phase2(in_phase2(net()))
     with pytest.raises(ConfigError, match="branch must be one of student, teacher; got 'both'"):
         convert(prepare(net()), "both")
+    for refused in (lambda m: convert(m, "teacher"), lambda m: branch(m, "teacher"), lambda m: dual_forward(m, None)):
+        with pytest.raises(ValueError, match="in phase 1, where only the student runs: call start_phase2"):
+            refused(prepare(net()))
+    with pytest.raises(ValueError, match="lr must be positive, got 0"):
+        param_groups(prepare(net()), 0)
+
+
+def test_a_model_that_is_refused_is_left_as_it_was():
+    model = net()
+    before = list(model.modules())
+    with pytest.raises(ConfigError):
+        prepare(model, PQKConfig(layer_sparsity={"nowhere": 0.5}))
+    assert all(a is b for a, b in zip(model.modules(), before, strict=True))
+
+
+def test_a_weight_shared_with_a_module_that_is_not_prepared_is_refused():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(ValueError, match=r"head.weight is also a parameter of embed \(Embedding\).*exclude"):
+        prepare(model)
+    assert type(model["head"]) is nn.Linear
+    prepare(model, PQKConfig(exclude=("head",)))
+    assert list(pqk_layers(model)) == ["body"]
+
+
+def test_shared_modules_are_known_by_each_of_their_names():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    assert list(pqk_layers(prepare(model, PQKConfig(exclude=("b",))))) == ["c"]
+
+
+def test_norms_that_will_share_statistics_are_named():
+    class MyNorm(nn.BatchNorm1d):
+        pass
+
+    with pytest.warns(UserWarning, match=r"1 \(MyNorm: both branches will share its statistics\)"):
+        prepare(nn.Sequential(nn.Linear(3, 3), MyNorm(3)))
+
+
+def test_a_state_dict_of_phase2_goes_on_in_phase2():
+    model = in_phase2(net())
+    for name in ("student", "teacher"):
+        branch(model, name)(torch.randn(16, 3, 8) + 2)
+    other = prepare(net(1))
+    other.load_state_dict(model.state_dict())
+    assert all(layer.phase == 2 and not layer.weight_step.requires_grad for layer in pqk_layers(other).values())
+    assert other[1].teacher_weight.requires_grad
+    x = torch.randn(4, 3, 8)
+    for name in ("student", "teacher"):
+        torch.testing.assert_close(branch(other.eval(), name)(x), branch(model.eval(), name)(x), rtol=0, atol=0)
+
+
+def test_start_phase2_drops_the_steps_old_gradients():
+    model = prepare(net(), PQKConfig(sparsity=0.5, mask_interval=1))
+    model(torch.randn(4, 3, 8)).sum().backward()
+    assert model[0].weight_step.grad is not None
+    Pruner(model, 1, 1)
+    start_phase2(model)
+    assert model[0].weight_step.grad is None
+
+
+def test_frozen_parameters_stay_frozen_in_the_plain_model():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    plain = convert(in_phase2(model))
+    assert not plain[0].weight.requires_grad
+    assert plain[0].bias.requires_grad
+
+
+def test_functional_transforms_work():
+    model = in_phase2(net())
+    parameters = dict(model.named_parameters())
+
+    def loss(values, x):
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    x = torch.randn(4, 3, 8)
+    model.eval()
+    grads = torch.func.grad(loss)(parameters, x)
+    loss(parameters, x).backward()
+    torch.testing.assert_close(grads["0.weight"], model[0].weight.grad)
 
 
 def test_subclasses_with_code_of_their_own_are_left_and_named():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pqk_fast import PQKConfig, branch, convert
+from pqk_fast import PQKConfig, branch, convert, prepare, start_phase2
 from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import load_checkpoint
@@ -80,7 +80,8 @@ def test_fit_runs_both_phases_and_ends_with_a_sparse_low_bit_student_and_its_tea
     for layer in (student[0], student[3]):
         assert layer.weight.unique().numel() <= 15
     saved = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert saved["stages"]["phase1"]["phase"] == 1
+    assert saved["stages"]["phase1"]["prepared"]
+    assert set(saved["stages"]["phase2"]["best"]) == {"validation", "validation_f"}
     assert saved["stages"]["phase2"]["step"] == 60
     torch.testing.assert_close(saved["stages"]["phase2"]["state"], dict(trainer.model.state_dict()), rtol=0, atol=0)
 
@@ -89,7 +90,7 @@ def test_phase2_warms_up_with_cross_entropy_alone():
     """Before step s the loss is CE(student) + CE(teacher); afterwards alpha and beta of the recipe."""
     seen = {}
     for start in (0, 1, 2):
-        trainer = Trainer(net(), recipe(phase2=Phase2Config(steps=2, epoch_steps=1, distill_start=start)))
+        trainer = Trainer(net(), recipe(phase2=Phase2Config(steps=3, epoch_steps=1, distill_start=start)))
         trainer.phase1(batches(0))
         model = trainer.model
         twin = trainer.copy()
@@ -98,8 +99,6 @@ def test_phase2_warms_up_with_cross_entropy_alone():
     x, y = batches(0)[0]
     trainer = Trainer(net(), recipe())
     trainer.phase1(batches(0))
-    from pqk_fast import start_phase2
-
     model = start_phase2(trainer.model)
     model.train()
     with torch.no_grad():
@@ -112,7 +111,7 @@ def test_phase2_warms_up_with_cross_entropy_alone():
 
 
 def test_finetune_keeps_masks_and_steps_and_touches_kept_weights_only():
-    trainer = Trainer(net(), recipe(phase2=Phase2Config(steps=20, epoch_steps=20, weight_decay=0.0)))
+    trainer = Trainer(net(), recipe(phase2=Phase2Config(steps=20, epoch_steps=20, weight_decay=0.0, distill_start=0)))
     trainer.phase1(batches(0))
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.finetune(batches(0))
@@ -152,8 +151,6 @@ def test_best_epoch_of_phase1_is_never_one_that_was_denser_than_asked_for():
 
 def test_layer_statistics_by_hand():
     trainer = Trainer(nn.Linear(4, 1, bias=False), recipe())
-    from pqk_fast import prepare
-
     model = prepare(trainer.model, PQKConfig(bits=2))
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0.5, -3.0, 1.0, 9.0]]))
@@ -162,6 +159,11 @@ def test_layer_statistics_by_hand():
     assert layer_statistics(model) == [
         {"name": "", "shape": [1, 4], "weights": 4, "kept": 3, "step_size": 2.0, "clipped_fraction": 1 / 3}
     ]
+
+
+def test_a_model_prepared_otherwise_than_the_recipe_says_is_refused():
+    with pytest.raises(ValueError, match="another config than the recipe's"):
+        Trainer(prepare(net(), PQKConfig(bits=8)), recipe()).phase1(batches(0))
 
 
 def test_accuracy_by_hand_and_without_data():
@@ -177,6 +179,9 @@ def test_accuracy_by_hand_and_without_data():
     assert model.training
     with pytest.raises(ValueError, match="nothing to evaluate"):
         accuracy(model, [])
+    mixed = nn.Sequential(model, nn.BatchNorm1d(2).eval())
+    accuracy(mixed, data)
+    assert (model.training, mixed[1].training) == (True, False), "each module as it was"
 
 
 def test_nan_input_stops_with_step_and_cause_and_keeps_the_last_good_checkpoint(tmp_path):

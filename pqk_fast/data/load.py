@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pqk_fast.config import ConfigError, DataConfig, Recipe
 from pqk_fast.data.cifar import CifarBatches, load_cifar100
-from pqk_fast.data.speech_commands import SpeechBatches, SpeechCommands, load_speech_commands, load_word_folders
+from pqk_fast.data.speech_commands import LABELS, SpeechBatches, SpeechCommands, load_speech_commands, load_word_folders
 from pqk_fast.data.spoken_words import make_spoken_words
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -25,6 +25,7 @@ class Splits:
     validation: Batches | None
     testing: Batches
     sizes: dict[str, int]
+    classes: int
 
 
 def speech_splits(data: SpeechCommands, batch_size: int, device: str | torch.device = "cpu") -> Splits:
@@ -37,7 +38,7 @@ def speech_splits(data: SpeechCommands, batch_size: int, device: str | torch.dev
 
     sizes = {split: len(getattr(data, split).labels) for split in ("train", "validation", "testing")}
     validation, testing = (batches(split, False, 0) for split in ("validation", "testing"))
-    return Splits(lambda seed: batches("train", True, seed), validation, testing, sizes)
+    return Splits(lambda seed: batches("train", True, seed), validation, testing, sizes, len(LABELS))
 
 
 def make_words(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> SpeechCommands:
@@ -70,7 +71,8 @@ def load_splits(
             )
 
         validation = batches("validation", False, 0) if sizes["validation"] else None
-        return Splits(lambda seed: batches("train", True, seed), validation, batches("testing", False, 0), sizes)
+        testing = batches("testing", False, 0)
+        return Splits(lambda seed: batches("train", True, seed), validation, testing, sizes, len(images.classes))
     speech = load_speech_commands(
         root, unknown_fraction=config.unknown, silence_fraction=config.silence, download=download
     )

@@ -10,12 +10,14 @@ import torch
 
 from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
-from pqk_fast.config import Recipe, to_dict
+from pqk_fast.config import ConfigError, Recipe, to_dict
 from pqk_fast.data.load import Splits
 from pqk_fast.models import create_model
 from pqk_fast.record import environment, write_record
 from pqk_fast.trainer import StageResult, Trainer, accuracy, layer_statistics
 
+# In this order: phase 2 and finetune start from copies of phase 1's network. The pairs see the same batches.
+STAGE_SEEDS = {"vanilla": 0, "phase1": 0, "finetune": 1, "phase2": 1}
 # (stage, view of it) -> its name in the record and in the paper's tables
 RESULT_NAMES = {
     ("vanilla", "validation"): "vanilla",
@@ -40,6 +42,13 @@ def _measure(result: StageResult, view: str, splits: Splits) -> dict[str, Any]:
     return {"last": last, "best_dev": best}
 
 
+def check_run(recipe: Recipe, out: str | Path) -> None:
+    """What can be wrong before data is read: FileExistsError for a finished run, ValueError for the model's name."""
+    if (Path(out) / "record.json").exists():
+        raise FileExistsError(f"{out} holds a finished run (record.json): choose another folder or remove it first")
+    create_model(recipe.model, recipe.data.classes)
+
+
 def run_recipe(
     recipe: Recipe,
     splits: Splits,
@@ -55,27 +64,23 @@ def run_recipe(
         FileExistsError: ``out`` holds a finished run already.
         TrainingDivergedError: NaN or infinity.
     """
+    check_run(recipe, out)
+    if splits.classes != recipe.data.classes:
+        raise ConfigError(f"data.classes is {recipe.data.classes}, but {recipe.data.name} has {splits.classes} classes")
     out = Path(out)
-    if (out / "record.json").exists():
-        raise FileExistsError(f"{out} holds a finished run (record.json): choose another folder or remove it first")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     first = Trainer(
         create_model(recipe.model, recipe.data.classes), recipe, device=device, out=out, callbacks=callbacks
     )
-    seeds = {"vanilla": 0, "phase1": 0, "phase2": 1, "finetune": 1}
-    seeds = {stage: 2 * recipe.seed + offset for stage, offset in seeds.items()}
-    val = splits.validation
-    if "vanilla" in recipe.stages:
-        first.copy().vanilla(splits.train(seeds["vanilla"]), val)
     last = first
-    if "phase1" in recipe.stages:
-        first.phase1(splits.train(seeds["phase1"]), val)
-    if "finetune" in recipe.stages:
-        first.copy().finetune(splits.train(seeds["finetune"]), val)
-    if "phase2" in recipe.stages:
-        last = first.copy()
-        last.phase2(splits.train(seeds["phase2"]), val)
+    for stage, offset in STAGE_SEEDS.items():
+        if stage in recipe.stages:
+            # each stage's draws, dropout too, depend on the seed alone and not on which stages ran before
+            seed = 2 * recipe.seed + offset
+            torch.manual_seed(seed)
+            last = first if stage == "phase1" else first.copy()
+            getattr(last, stage)(splits.train(seed), splits.validation)
     results = {
         name: _measure(first.results[stage], view, splits)
         for (stage, view), name in RESULT_NAMES.items()
@@ -84,6 +89,7 @@ def run_recipe(
     record: dict[str, Any] = {
         "recipe": to_dict(recipe),
         **environment(),
+        "device": str(device),
         "seed": recipe.seed,
         "data": {"name": recipe.data.name, **splits.sizes},
         "curves": {stage: result.rows for stage, result in first.results.items()},
