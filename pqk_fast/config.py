@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean 'x'?"`` with the closest known name, or the list of all of them; ``prefix`` goes before each."""
+    """``"; did you mean 'x'?"`` with the closest known name, or the list of them all; ``prefix`` goes before each."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(prefix + k for k in known)}"
