@@ -67,7 +67,7 @@ VARIANTS = {
         *("paul", "rob", "victor"),
     ),
 }
-ACCENTS = ("en", "en-us", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbcwmd", "en-029")
+ACCENTS = ("en", "en-us", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp")
 SENTENCES = (
     "shall we meet at the station later this evening",
     "the weather has been rather mild for this time of the year",
@@ -181,7 +181,7 @@ def _to_int16(waveforms: Tensor) -> Tensor:
 def _speaker_clips(synthesizer: Synthesizer, rng: np.random.Generator, variant: str, words: Sequence[str]) -> Tensor:
     """`words` said by one new speaker: `[len(words), 16000]` int16."""
     synthesizer.voice(str(rng.choice(ACCENTS)), variant)
-    rate, pitch, pitch_range = rng.uniform(120, 210), rng.uniform(20, 80), rng.uniform(20, 80)
+    rate, pitch, pitch_range = rng.uniform(130, 190), rng.uniform(20, 80), rng.uniform(20, 80)
     room_in = ESPEAK_RATE * 6 // 5
     dry = torch.zeros(len(words), room_in)
     lengths = []
@@ -194,11 +194,11 @@ def _speaker_clips(synthesizer: Synthesizer, rng: np.random.Generator, variant: 
 
     # Played a little faster or slower, a voice gets a shorter or longer vocal tract. Lengths that are multiples of 160
     # keep the transform fast.
-    room_out = round(room_in * SAMPLE_RATE / ESPEAK_RATE * rng.uniform(0.94, 1.06) / 160) * 160
+    room_out = round(room_in * SAMPLE_RATE / ESPEAK_RATE * rng.uniform(0.96, 1.04) / 160) * 160
     frequency = torch.linspace(0, 1, room_out // 2 + 1)
     decibels = sum(rng.normal(0, 2) * torch.cos(torch.pi * k * frequency) for k in range(1, 5))
     echo = _coloured(rng, (room_out,), 0.5) * torch.exp(-torch.arange(room_out) / rng.uniform(300, 1200))
-    echo *= rng.uniform(0, 0.3) / echo.square().sum().sqrt()
+    echo *= rng.uniform(0, 0.2) / echo.square().sum().sqrt()
     echo[0] += 1
     wet = resample(dry, room_out, torch.fft.rfft(echo) * 10 ** (decibels / 20))
 
@@ -208,7 +208,7 @@ def _speaker_clips(synthesizer: Synthesizer, rng: np.random.Generator, variant: 
         start = int(rng.integers(CLIP_SAMPLES - length + 1))
         clip[start : start + length] = word_samples[:length]
         clip *= np.exp(rng.uniform(np.log(0.15), np.log(0.8))) / clip.abs().max()
-    signal_to_noise = torch.from_numpy(10 ** (rng.uniform(20, 40, (len(words), 1)) / 20)).float()
+    signal_to_noise = torch.from_numpy(10 ** (rng.uniform(25, 40, (len(words), 1)) / 20)).float()
     level = clips.square().mean(1, keepdim=True).sqrt() / signal_to_noise
     return _to_int16(clips + level * _coloured(rng, tuple(clips.shape), rng.uniform(0, 1.5)))
 
