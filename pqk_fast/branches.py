@@ -67,11 +67,13 @@ class branch:
         self._before.append([(module, module.branch) for module in modules])
         for module in modules:
             module.branch = self.name
+            module.branch_held += 1
         return self.model
 
     def __exit__(self, *_: object) -> None:
         for module, name in self._before.pop():
             module.branch = name
+            module.branch_held -= 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self:
@@ -200,8 +202,8 @@ def dual_forward(model: nn.Module, x: Any, mode: str = "auto") -> tuple[Any, Any
     stacked on a GPU, two_pass on the CPU. Its decision is kept in ``model.stacked_is_right``; ``start_phase2`` resets
     it.
 
-    Not for activation checkpointing in two_pass mode: it computes the forward again during backward, when the branch
-    is the student's again. Run forward *and* backward inside ``with branch(model, "stacked")`` there.
+    With activation checkpointing, which computes the forward again during backward, call the model and ``backward`` on
+    ``[x; x]`` inside ``with branch(model, "stacked")`` instead; anything else is refused by the layers.
 
     Raises ValueError for another mode, an unprepared model, or phase 1.
     """

@@ -43,7 +43,7 @@ def _plain_copy(source: nn.Module, kind: type[nn.Module], tensors: dict[str, Ten
     module.__dict__ = {
         name: value.copy() if isinstance(value, dict | set) else value
         for name, value in source.__dict__.items()
-        if name not in ("phase", "branch", "config", "ran")
+        if name not in ("phase", "branch", "branch_held", "config", "ran")
     }
     module._parameters, module._buffers = {}, {}
     for name, value in tensors.items():
@@ -61,10 +61,11 @@ class TwoPhase(nn.Module):
 
     phase: int
     branch: str
+    branch_held: int  # how many `with branch(...)` are open around the module
     pqk_phase: Tensor
 
     def _start(self) -> None:
-        self.branch = "student"
+        self.branch, self.branch_held = "student", 0
         self.register_buffer("pqk_phase", torch.tensor(1, dtype=torch.uint8))
         self.set_phase(1)
 
@@ -162,6 +163,17 @@ class PQKLayer(TwoPhase):
         how = self.config.teacher_weights
         return ops.teacher_weight(self.weight, self.weight_mask, self.weight_step, self.bits, how)
 
+    def _begin_forward(self) -> None:
+        self.ran = True
+        known = self.phase == 1 or self.branch_held or torch.compiler.is_compiling()
+        # Activation checkpointing runs the forward again within backward, after dual_forward has closed its branch.
+        if not known and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a prepared layer was computed again during backward (activation checkpointing), when the branch that "
+                'it ran in is no longer set: run forward and backward inside `with branch(model, "stacked")` (or '
+                '"student") in phase 2'
+            )
+
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         if self.branch == "student":
             return self.student_weight(), self.bias
@@ -185,7 +197,7 @@ class PQKLinear(PQKLayer, nn.Linear):
     float_type = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        self.ran = True
+        self._begin_forward()
         if self.branch == "stacked":
             return ops.dual_linear(x, *self._dual_arguments(), **self._dual_options())
         return F.linear(x, *self._weight_and_bias())
@@ -197,7 +209,7 @@ class PQKConv2d(PQKLayer, nn.Conv2d):
     float_type = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        self.ran = True
+        self._begin_forward()
         if self.branch != "stacked":
             return self._conv_forward(x, *self._weight_and_bias())
         padding: Any = self.padding
@@ -214,7 +226,7 @@ class PQKConv1d(PQKLayer, nn.Conv1d):
     float_type = nn.Conv1d
 
     def forward(self, x: Tensor) -> Tensor:
-        self.ran = True
+        self._begin_forward()
         if self.branch != "stacked":
             return self._conv_forward(x, *self._weight_and_bias())
         padding: Any = self.padding if isinstance(self.padding, str) else (0, self.padding[0])

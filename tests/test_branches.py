@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import package
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pqk_fast import ConfigError, MutualDistillationLoss, PQKConfig, Pruner, branch, dual_forward, prepare, start_phase2
 from pqk_fast.branches import pqk_layers, why_not_stacked
@@ -247,6 +248,33 @@ def test_misuse_is_refused():
         branch(model, "full")
     with pytest.raises(ValueError, match="no PQK layers"):
         branch(conv1d_net(), "teacher")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.second, self.reentrant = nn.Linear(6, 6), nn.Linear(6, 3), reentrant
+
+    def forward(self, x):
+        return self.second(checkpoint(self.first, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_works_inside_the_branch_and_is_refused_outside(reentrant):
+    torch.manual_seed(0)
+    model = in_phase2(Checkpointed(reentrant))
+    x, y = torch.randn(8, 6, requires_grad=True), torch.randint(3, (8,))
+    loss = MutualDistillationLoss()
+    expected = copy.deepcopy(model)
+    expected.forward = lambda x: expected.second(expected.first(x))
+    loss(*dual_forward(expected, x, "two_pass"), y).backward()
+    with branch(model, "stacked") as both:
+        loss(*both(torch.cat([x, x])).chunk(2), y).backward()
+    for ours, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad)
+    total = loss(*dual_forward(model, x, "two_pass"), y)
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        total.backward()
 
 
 @pytest.mark.parametrize("mode", ["two_pass", "stacked"])

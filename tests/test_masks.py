@@ -207,7 +207,7 @@ def test_a_layer_pruned_away_whole_is_named():
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="no PQK layers: call"):
         Pruner(small_model(), 10, 5)
-    model = prepare(small_model(), PQKConfig(mask_interval=1))
+    model = prepare(small_model(), PQKConfig(sparsity=0.5, mask_interval=1))
     with pytest.raises(ValueError, match="whole numbers of at least 1, got 0 and 5"):
         Pruner(model, 0, 5)
     pruner = Pruner(model, 2, 1)
