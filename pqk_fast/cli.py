@@ -28,7 +28,7 @@ from pqk_fast.data.spoken_words import write_spoken_words
 from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
-from pqk_fast.record import environment
+from pqk_fast.record import environment, read_record
 from pqk_fast.trainer import TrainingDivergedError, accuracy
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -59,10 +59,9 @@ def _seconds_since(start: float) -> str:
 
 def demo(args: argparse.Namespace) -> None:
     recipe = load_recipe("demo", args.set)
-    if (args.out / "record.json").exists():
-        # A demo is made to be run again.
-        for name in ("record.json", "checkpoint.pt", "curves.png"):
-            (args.out / name).unlink(missing_ok=True)
+    record = args.out / "record.json"
+    if record.exists() and read_record(record)["recipe"].get("name") == "demo":
+        record.unlink()  # a demo is made to be run again; any other run is kept
     check_run(recipe, args.out)
     start = time.perf_counter()
     with Progress(console=console, transient=True) as bar:

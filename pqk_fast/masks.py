@@ -30,7 +30,8 @@ class _Pool:
         try:
             ops.topk_mask_([layer.weight_mask for layer in self.layers], weights, keep)
         except ops.NonFiniteWeightError as error:
-            raise ValueError(f"layer {self.names[error.index]!r}: {error}") from error
+            index = error.index
+            raise ops.NonFiniteWeightError(index, weights[index], self.names[index]) from error
 
 
 class Pruner:

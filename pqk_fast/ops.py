@@ -197,11 +197,12 @@ def masked_count(weights: Sequence[Tensor], sparsity: float) -> int:
 class NonFiniteWeightError(ValueError):
     """Magnitudes with NaN or infinity cannot be ranked; ``index`` says which tensor of the list holds one."""
 
-    def __init__(self, index: int, weight: Tensor) -> None:
+    def __init__(self, index: int, weight: Tensor, name: str | None = None) -> None:
         self.index = index
+        what = f"weights[{index}]" if name is None else f"the weight of layer {name!r}"
         super().__init__(
-            f"weights[{index}] of shape {tuple(weight.shape)} holds NaN or infinity: magnitudes cannot be ranked; "
-            "training has diverged, go back to the last good checkpoint and lower the learning rate"
+            f"{what} of shape {tuple(weight.shape)} holds NaN or infinity: magnitudes cannot be ranked; training has "
+            "diverged, go back to the last good checkpoint and lower the learning rate"
         )
 
 

@@ -19,6 +19,7 @@ from pqk_fast.checkpoint import save_checkpoint
 from pqk_fast.config import PhaseConfig, Recipe, to_dict
 from pqk_fast.losses import MutualDistillationLoss
 from pqk_fast.masks import Pruner
+from pqk_fast.ops import NonFiniteWeightError
 from pqk_fast.prepare import param_groups, prepare, start_phase2
 from pqk_fast.reference import levels, scaled
 from pqk_fast.schedule import learning_rate
@@ -266,7 +267,10 @@ class Trainer:
                 loss.backward()
                 optimizer.step()
                 if stage.pruner is not None:
-                    stage.pruner.step()
+                    try:
+                        stage.pruner.step()
+                    except NonFiniteWeightError as error:
+                        self._diverged(stage, step, str(error), x)
                 losses += loss.detach()
                 for callback in self.callbacks:
                     callback.on_step(stage.name, step)

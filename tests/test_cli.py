@@ -176,7 +176,7 @@ def test_help_reads_well(capsys):
         assert "usage: pqk-fast" in capsys.readouterr().out
 
 
-def test_the_demo_recipe_end_to_end_in_miniature(tmp_path, monkeypatch, speech, capsys):
+def test_the_demo_recipe_end_to_end_in_miniature(run, tmp_path, monkeypatch, speech, capsys):
     """`pqk-fast demo` with the synthesizer replaced by the tiny data set; the synthesizer has tests of its own."""
     from pqk_fast.data.speech_commands import load_speech_commands
 
@@ -185,6 +185,9 @@ def test_the_demo_recipe_end_to_end_in_miniature(tmp_path, monkeypatch, speech, 
     assert cli.main(command) == 0
     assert cli.main(command) == 0, "the demo can be run again"
     assert json.loads((tmp_path / "demo" / "record.json").read_text())["recipe"]["name"] == "demo"
+    record = (run / "record.json").read_bytes()
+    assert cli.main(["demo", "--out", str(run), "--device", "cpu", *SETTINGS]) == 1, "another run is not overwritten"
+    assert (run / "record.json").read_bytes() == record
     printed = capsys.readouterr().out
     assert "phase2-P" in printed
     assert "whole demo" in printed

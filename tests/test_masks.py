@@ -170,7 +170,7 @@ def test_nan_weights_are_refused_by_the_layers_name():
     model(batch(0)[0])
     with torch.no_grad():
         pqk_layers(model)["4"].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"layer '4': .*NaN or infinity"):
+    with pytest.raises(ValueError, match=r"the weight of layer '4' of shape .*NaN or infinity"):
         pruner.step()
 
 

@@ -219,6 +219,19 @@ def test_divergence_names_the_layer():
         Trainer(weights, recipe()).vanilla(batches(0))
 
 
+def test_weights_that_cannot_be_ranked_are_a_divergence_with_its_step():
+    class Spoils(Callback):
+        def on_step(self, stage, step):
+            if step == 14:
+                with torch.no_grad():
+                    trainer.model[3].weight_mask.fill_(False)  # so that the loss stays finite
+                    trainer.model[3].weight[0, 0] = math.inf
+
+    trainer = Trainer(net(), recipe(), callbacks=[Spoils()])
+    with pytest.raises(TrainingDivergedError, match=r"phase1 stopped at step 15: the weight of layer '3' .*parameter"):
+        trainer.phase1(batches(0))
+
+
 def test_too_large_a_learning_rate_is_caught():
     wild = recipe(phase1=PhaseConfig(steps=200, epoch_steps=20, lr=1e20, lr_drops=()))
     with pytest.raises(TrainingDivergedError, match=r"lower the learning rate \(now 1e\+20\)"):
