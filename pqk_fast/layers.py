@@ -14,6 +14,7 @@ whole model by :mod:`pqk_fast.prepare` and :mod:`pqk_fast.branches`. The phase i
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -66,7 +67,8 @@ class TwoPhase(nn.Module):
 
     def _start(self) -> None:
         self.branch, self.branch_held = "student", 0
-        self.register_buffer("pqk_phase", torch.tensor(1, dtype=torch.uint8))
+        own = next(chain(self.parameters(), self.buffers()), torch.empty(0))
+        self.register_buffer("pqk_phase", torch.ones((), dtype=torch.uint8, device=own.device))
         self.set_phase(1)
 
     def set_phase(self, phase: int) -> None:

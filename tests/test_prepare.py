@@ -55,6 +55,13 @@ def test_prepare_swaps_in_place_and_keeps_parameters_and_names():
     assert not torch.equal(model[0].weight, latent), "an optimizer made before still trains it"
 
 
+@pytest.mark.parametrize("step_init", ["mean", "mse"])
+def test_what_joins_a_model_is_on_its_device(step_init):
+    model = prepare(net().to("meta"), PQKConfig(step_init=step_init, per_channel=True))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert {name for name, tensor in tensors.items() if not tensor.is_meta} == set()
+
+
 def test_hooks_and_training_flags_survive():
     model = net().eval()
     seen = []
