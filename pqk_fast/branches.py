@@ -124,7 +124,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             torch.no_grad(),
             torch.random.fork_rng(devices=sorted(devices)),
             torch.autocast("cuda" if devices else "cpu", enabled=False),
-            torch.backends.cudnn.flags(allow_tf32=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # its default would switch cuDNN off
         ):
             yield
     finally:
