@@ -1,16 +1,22 @@
-# make demo | make test | make lint | make install; each makes .venv first if it is missing.
+# make demo | make test | make lint | make sanitize | make install; each makes .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint sanitize clean
 
-install: $(VENV)/installed
+install: $(VENV)/installed $(VENV)/library
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12 install")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,plot,vision,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch 'setuptools>=64' wheel
+	PQK_FAST_BUILD_EXT=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,plot,vision,test,dev]'
+	touch $@
+
+# The C++ library, built in place; again whenever its sources change.
+$(VENV)/library: $(VENV)/installed setup.py $(wildcard csrc/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 demo: install
@@ -24,5 +30,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests of the operations with a library that AddressSanitizer and UndefinedBehaviorSanitizer watch.
+SANITIZED := build/sanitized
+sanitize: install
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address,undefined" \
+	  $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PQK_FAST_REQUIRE_NATIVE=1 PQK_FAST_LIBRARY=$(SANITIZED)/pqk_fast/_C.abi3.so \
+	  $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py -k 'not opcheck'
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist *.egg-info pqk_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache

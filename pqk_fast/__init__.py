@@ -5,6 +5,7 @@ Kim, Chang, Kwak: "PQK: Model Compression via Pruning, Quantization, and Knowled
 
 from pqk_fast.branches import branch, dual_forward
 from pqk_fast.config import ConfigError, PQKConfig, Recipe, load_recipe
+from pqk_fast.fusion import fuse, unfuse
 from pqk_fast.layers import DualBatchNorm, PQKConv1d, PQKConv2d, PQKLinear
 from pqk_fast.losses import DistillationLoss, MutualDistillationLoss
 from pqk_fast.masks import Pruner
@@ -26,8 +27,10 @@ __all__ = [
     "branch",
     "convert",
     "dual_forward",
+    "fuse",
     "load_recipe",
     "param_groups",
     "prepare",
     "start_phase2",
+    "unfuse",
 ]

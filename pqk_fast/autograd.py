@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk_fast import reference
+from pqk_fast import dispatch
+
+
+def _passed_on(grad: Tensor, weight: Tensor, ste: str, mask_gradients: bool) -> bool:
+    """True where the weight's gradient is the incoming one as it is: nothing to compute, nothing to copy."""
+    return ste == "identity" and not mask_gradients and grad.dtype == weight.dtype
 
 
 class FakeQuant(torch.autograd.Function):
@@ -25,7 +30,8 @@ class FakeQuant(torch.autograd.Function):
         mask_gradients: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        return reference.fake_quant(weight, mask, step, bits, dtype)
+        out: Tensor = dispatch.fake_quant(weight, mask, step, bits, dtype)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,11 +44,53 @@ class FakeQuant(torch.autograd.Function):
         weight, mask, step = ctx.saved_tensors
         bits, ste, mask_gradients = ctx.options
         need_weight, _, need_step = ctx.needs_input_grad[:3]
-        if need_step or ste == "clipped":
-            grad_weight, grad_step = reference.fake_quant_backward(grad, weight, mask, step, bits, ste, mask_gradients)
-            return grad_weight if need_weight else None, None, grad_step if need_step else None, *[None] * 4
-        passed = torch.where(mask, grad, 0.0) if mask_gradients else grad
-        return passed.to(weight.dtype), *[None] * 6
+        passed_on = _passed_on(grad, weight, ste, mask_gradients)
+        grad_weight: Tensor | None = grad
+        grad_step: Tensor | None = None
+        if need_step or not passed_on:
+            computed = need_weight and not passed_on
+            clipped = ste == "clipped"
+            layer = (grad, weight, mask, step, bits)
+            made, grad_step = dispatch.fake_quant_backward(*layer, clipped, mask_gradients, computed, need_step)
+            grad_weight = made if computed else grad
+        return grad_weight if need_weight else None, None, grad_step if need_step else None, *[None] * 4
+
+
+class FakeQuantAll(torch.autograd.Function):
+    """:class:`FakeQuant` for all layers at once: weights, masks and steps follow each other in ``tensors``."""
+
+    @staticmethod
+    def forward(
+        bits: list[int], ste: str, mask_gradients: bool, dtype: torch.dtype, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(bits)
+        weights, masks, steps = list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
+        return tuple(dispatch.fake_quant_all(weights, masks, steps, bits, dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        bits, ste, mask_gradients, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.options = bits, ste, mask_gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        bits, ste, mask_gradients = ctx.options
+        n = len(bits)
+        tensors = ctx.saved_tensors
+        weights, masks, steps = list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
+        needs = ctx.needs_input_grad[4:]
+        need_weight, need_step = any(needs[:n]), any(needs[2 * n :])
+        passed_on = all(_passed_on(g, w, ste, mask_gradients) for g, w in zip(grads, weights, strict=True))
+        grad_weights, grad_steps = list(grads), steps
+        if need_step or not passed_on:
+            computed = need_weight and not passed_on
+            layers = (list(grads), weights, masks, steps, bits)
+            flags = (ste == "clipped", mask_gradients, computed, need_step)
+            made, grad_steps = dispatch.fake_quant_all_backward(*layers, *flags)
+            grad_weights = made if computed else grad_weights
+        every = (*grad_weights, *[None] * n, *grad_steps)
+        return *[None] * 4, *(grad if needed else None for grad, needed in zip(every, needs, strict=True))
 
 
 class PrunedOnly(torch.autograd.Function):
@@ -62,3 +110,28 @@ class PrunedOnly(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return torch.where(mask, 0.0, grad), None
+
+
+class DualWeights(torch.autograd.Function):
+    """Both weights of phase 2: ``wbar`` and an alias of ``w``; backward ``M g_S + (1 - M) g_T`` (Eqs 11, 12).
+
+    The step size is a constant.
+    """
+
+    @staticmethod
+    def forward(
+        weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste: str, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return dispatch.fake_quant(weight, mask, step, bits, dtype), weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight, mask, step, *options, _ = inputs
+        ctx.save_for_backward(weight, mask, step)
+        ctx.options = options
+
+    @staticmethod
+    def backward(ctx: Any, grad_student: Tensor, grad_teacher: Tensor) -> tuple[Tensor | None, ...]:
+        bits, ste = ctx.options
+        made = dispatch.dual_weight_backward(grad_student, grad_teacher, *ctx.saved_tensors, bits, ste == "clipped")
+        return made, *[None] * 5

@@ -44,7 +44,7 @@ def _plain_copy(source: nn.Module, kind: type[nn.Module], tensors: dict[str, Ten
     module.__dict__ = {
         name: value.copy() if isinstance(value, dict | set) else value
         for name, value in source.__dict__.items()
-        if name not in ("phase", "branch", "branch_held", "config", "ran")
+        if name not in ("phase", "branch", "branch_held", "config", "ran", "fused", "fed")
     }
     module._parameters, module._buffers = {}, {}
     for name, value in tensors.items():
@@ -94,6 +94,8 @@ class PQKLayer(TwoPhase):
     bias: Any
     weight_mask: Tensor
     weight_step: nn.Parameter
+    fused: bool  # see pqk_fast.fusion
+    fed: Tensor | None  # the student's weight for the forward under way, made for all layers at once
 
     def __init__(self, *args: Any, config: PQKConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,7 +107,7 @@ class PQKLayer(TwoPhase):
         self.register_buffer("weight_mask", mask)
         self.weight_step = nn.Parameter(step)
         self.config = config
-        self.ran = False
+        self.ran, self.fused, self.fed = False, False, None
         self._start()
 
     @property
@@ -155,10 +157,13 @@ class PQKLayer(TwoPhase):
 
     def student_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """``wbar``: masked, fake-quantized. In phase 2 its gradient reaches kept weights only and S is a constant."""
+        return ops.fake_quant(*self.student_arguments(), dtype)
+
+    def student_arguments(self) -> tuple[Tensor, Tensor, Tensor, int, str, bool]:
+        """What :func:`pqk_fast.ops.fake_quant` takes for the student's weight: weight, mask, step, bits, ste, hard."""
         frozen = self.phase == 2
         step = self.weight_step.detach() if frozen else self.weight_step
-        hard = frozen or self.config.mask_gradients
-        return ops.fake_quant(self.weight, self.weight_mask, step, self.bits, self.config.ste, hard, dtype)
+        return self.weight, self.weight_mask, step, self.bits, self.config.ste, frozen or self.config.mask_gradients
 
     def full_weight(self) -> Tensor:
         """The teacher's weight: latent, or with its kept part quantized; its gradient reaches pruned weights only."""
@@ -167,18 +172,27 @@ class PQKLayer(TwoPhase):
 
     def _begin_forward(self) -> None:
         self.ran = True
-        known = self.phase == 1 or self.branch_held or torch.compiler.is_compiling()
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return
         # Activation checkpointing runs the forward again within backward, after dual_forward has closed its branch.
-        if not known and torch._C._current_graph_task_id() != -1:
+        if self.phase == 2 and not self.branch_held:
             raise RuntimeError(
                 "a prepared layer was computed again during backward (activation checkpointing), when the branch that "
                 'it ran in is no longer set: run forward and backward inside `with branch(model, "stacked")` (or '
                 '"student") in phase 2'
             )
+        if self.fused:
+            raise RuntimeError(
+                "a prepared layer was computed again during backward (activation checkpointing), when the weight that "
+                "fuse(model) made for it is gone: call unfuse(model)"
+            )
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         if self.branch == "student":
-            return self.student_weight(), self.bias
+            # What was made before the forward serves unless autocast or grad mode has changed since.
+            fed, learns = self.fed, torch.is_grad_enabled() and self.weight.requires_grad
+            fits = fed is not None and fed.dtype == ops.output_dtype(self.weight) and (fed.requires_grad or not learns)
+            return fed if fed is not None and fits else self.student_weight(), self.bias
         # Biases follow the student's loss alone.
         return self.full_weight(), None if self.bias is None else self.bias.detach()
 

@@ -1,11 +1,26 @@
-"""What runs each operation on this machine, and why not something faster."""
+"""The C++ library: where it is, whether it fits, and what runs each operation on this machine.
+
+Environment: ``PQK_FAST_REQUIRE_NATIVE=1`` makes a missing library an error, ``PQK_FAST_NATIVE=0`` leaves it alone,
+``PQK_FAST_LIBRARY`` names another file (one built with sanitizers, say).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
+import importlib.metadata
+import os
+import re
+import sys
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+PACKAGE = Path(__file__).parent
+REMEDY = "build it with: pip install --no-build-isolation --no-deps -e . (or reinstall pqk-fast)"
 
 OPERATIONS = (
     "fake_quant",
@@ -13,9 +28,101 @@ OPERATIONS = (
     "dual_linear",
     "dual_conv2d",
     "topk_mask",
+    "group_mask",
     "pack_int4",
     "pack_bits",
 )
+
+
+class NativeLibraryError(ImportError):
+    """The C++ library is required (``PQK_FAST_REQUIRE_NATIVE=1``) and cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The C++ library as it was found: ``path`` if it was loaded, else ``problem``; ``build`` says what made it."""
+
+    path: Path | None
+    problem: str
+    build: str = ""
+
+
+def build_of(path: Path) -> dict[str, str]:
+    """What a library says of its making (``sources``, ``torch``, ``compiler``), read without loading it."""
+    found = re.search(rb"pqk_fast build: ([^\n\0]*)\n", path.read_bytes())
+    text = found[1].decode("ascii", "replace") if found else ""
+    return dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", text))
+
+
+def sources_digest(folder: Path) -> str | None:
+    """The digest that ``setup.py`` builds in, of the sources beside the package; None where there are none."""
+    files = sorted(folder.glob("*.[ch]*"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16] if files else None
+
+
+def _candidates() -> list[Path]:
+    """The library of this package; run from a source tree, also that of a regular installation."""
+    if named := os.environ.get("PQK_FAST_LIBRARY"):
+        return [Path(named)]
+    folders = [PACKAGE]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        folders.append(Path(str(importlib.metadata.distribution("pqk-fast").locate_file("pqk_fast"))))
+    return [path for folder in folders for path in sorted(folder.glob("_C*.so"))]
+
+
+def load() -> Library:
+    """Find the library and register its operations. Does not raise: what went wrong is in ``problem``."""
+    if os.environ.get("PQK_FAST_NATIVE") == "0":
+        return Library(None, "switched off by PQK_FAST_NATIVE=0")
+    problem = f"no C++ library was built; {REMEDY}"
+    expected = sources_digest(PACKAGE.parent / "csrc")
+    for path in _candidates():
+        if not path.is_file():
+            problem = f"there is no file {path}; {REMEDY}"
+            continue
+        build = build_of(path)
+        made = ", ".join(f"{name} {value}" for name, value in build.items()) or "it does not say what"
+        if expected and build.get("sources") != expected:
+            problem = (
+                f"{path} was built from other sources ({made}) than those beside this package ({expected}); {REMEDY}"
+            )
+            continue
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            running = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
+            problem = f"{path} was built with {made}, this is {running}; it cannot be loaded: {error}; {REMEDY}"
+            continue
+        return Library(path, "", made)
+    return Library(None, problem)
+
+
+_library: Library | None = None
+_warned = False
+
+
+def library() -> Library:
+    """The library, loaded at the first call.
+
+    Raises NativeLibraryError if it cannot be used and ``PQK_FAST_REQUIRE_NATIVE=1``.
+    """
+    global _library
+    if _library is None:
+        _library = load()
+    if _library.path is None and os.environ.get("PQK_FAST_REQUIRE_NATIVE") == "1":
+        raise NativeLibraryError(f"PQK_FAST_REQUIRE_NATIVE=1, but {_library.problem}")
+    return _library
+
+
+def warn_of_fallback() -> None:
+    """Say once that the CPU runs plain PyTorch; not if that was asked for."""
+    global _warned
+    if not _warned and library().path is None and os.environ.get("PQK_FAST_NATIVE") != "0":
+        warnings.warn(f"operations on the CPU run in plain PyTorch, slowly: {library().problem}", stacklevel=3)
+    _warned = True
 
 
 @dataclass(frozen=True)
@@ -30,13 +137,13 @@ class Backend:
 
 def backends() -> list[Backend]:
     """The implementation of every operation on every device that this machine has."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    kernels = {"cpu": "a C++ library", "cuda": "Triton kernels"}
-    return [
-        Backend(operation, device, "PyTorch", f"this version has no {kernels[device].removeprefix('a ')} yet")
-        for device in devices
-        for operation in OPERATIONS
-    ]
+    found = library()
+    cpu = ("C++", "") if found.path else ("PyTorch", found.problem)
+    table = [Backend(operation, "cpu", *cpu) for operation in OPERATIONS]
+    if torch.cuda.is_available():
+        cuda = ("PyTorch", "this version has no Triton kernels yet")
+        table += [Backend(operation, "cuda", *cuda) for operation in OPERATIONS]
+    return table
 
 
 def optional_packages() -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""The public operations. Signatures are stable; the implementation behind each may be exchanged for a faster one.
+"""The public operations; those on masks and packed bits come from modules of their own.
+
+Signatures are stable; :mod:`pqk_fast.dispatch` chooses the implementation by the tensors' device.
 
 Shapes and dtypes, unless a function says otherwise: ``weight`` floating point (fp32, bf16, fp16) of any shape; ``mask``
 bool of the same shape, True = kept; ``step`` fp32 of shape [], [1] or [C] (one for each slice along dimension 0), > 0;
@@ -14,9 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pqk_fast import reference
-from pqk_fast.autograd import FakeQuant, PrunedOnly
-from pqk_fast.config import check_bits, check_choice, check_sparsity
+from pqk_fast import dispatch, reference
+from pqk_fast.autograd import DualWeights, FakeQuant, FakeQuantAll, PrunedOnly
+from pqk_fast.config import check_bits, check_choice
+from pqk_fast.packing import pack_bits, pack_int4, pack_ints, unpack_bits, unpack_int4, unpack_ints
+from pqk_fast.reference import WEIGHT_DTYPES
+from pqk_fast.selection import (
+    NonFiniteWeightError,
+    group_mask,
+    group_mask_,
+    magnitude_histogram,
+    mask_at_threshold_,
+    masked_count,
+    tie_counts,
+    topk_mask,
+    topk_mask_,
+    topk_threshold,
+)
 
 __all__ = [
     "NonFiniteWeightError",
@@ -24,19 +40,24 @@ __all__ = [
     "dual_linear",
     "fake_quant",
     "fake_quant_all",
+    "group_mask",
+    "group_mask_",
+    "magnitude_histogram",
+    "mask_at_threshold_",
     "masked_count",
+    "output_dtype",
     "pack_bits",
     "pack_int4",
+    "pack_ints",
     "teacher_weight",
+    "tie_counts",
     "topk_mask",
     "topk_mask_",
+    "topk_threshold",
     "unpack_bits",
     "unpack_int4",
+    "unpack_ints",
 ]
-
-
-# fp64 is not among them: all is computed in fp32, which would silently lose half of it.
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_quantizer(weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste: str = "identity") -> None:
@@ -57,7 +78,8 @@ def _check_quantizer(weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste:
         )
 
 
-def _output_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def output_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """What :func:`fake_quant` gives: ``dtype``, or the autocast dtype of the weight's device, or the weight's own."""
     if dtype is not None:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating point (fp32, bf16 or fp16), got {dtype}")
@@ -85,7 +107,7 @@ def fake_quant(
     Raises ValueError or TypeError for bits outside 2..8, an unknown ``ste``, a mask or step of wrong shape or dtype.
     """
     _check_quantizer(weight, mask, step, bits, ste)
-    out: Tensor = FakeQuant.apply(weight, mask, step, bits, ste, mask_gradients, _output_dtype(weight, dtype))
+    out: Tensor = FakeQuant.apply(weight, mask, step, bits, ste, mask_gradients, output_dtype(weight, dtype))
     return out
 
 
@@ -108,8 +130,24 @@ def fake_quant_all(
             "weights, masks, steps and bits must have one entry for each layer, "
             f"got {len(weights)}, {len(masks)}, {len(steps)} and {len(each)}"
         )
-    layers = zip(weights, masks, steps, each, strict=True)
-    return [fake_quant(w, m, s, k, ste, mask_gradients, dtype) for w, m, s, k in layers]
+    if not each:
+        return []
+    for weight, mask, step, k in zip(weights, masks, steps, each, strict=True):
+        _check_quantizer(weight, mask, step, k, ste)
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:  # only lists of one kind go together
+        layers = zip(weights, masks, steps, each, strict=True)
+        return [fake_quant(w, m, s, k, ste, mask_gradients, dtype) for w, m, s, k in layers]
+    common = (each, ste, mask_gradients, output_dtype(weights[0], dtype))
+    return list(FakeQuantAll.apply(*common, *_distinct(weights), *masks, *_distinct(steps)))
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A tensor that comes again (tied layers) is replaced by an alias.
+
+    torch.compile keeps only the last of the gradients that an autograd.Function gives for one tensor (torch 2.11).
+    """
+    first = {id(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
+    return [t if first[id(t)] == index else t.view_as(t) for index, t in enumerate(tensors)]
 
 
 def teacher_weight(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teacher_weights: str = "latent") -> Tensor:
@@ -122,15 +160,21 @@ def teacher_weight(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teache
     full: Tensor = PrunedOnly.apply(weight, mask)
     if teacher_weights == "latent":
         return full
-    return torch.where(mask, reference.fake_quant(weight.detach(), mask, step.detach(), bits), full)
+    quantized = dispatch.fake_quant(weight.detach(), mask, step.detach(), bits, weight.dtype)
+    return torch.where(mask, quantized, full)
 
 
 def _dual_weights(
     weight: Tensor, mask: Tensor, step: Tensor, bits: int, teacher_weights: str, ste: str
 ) -> tuple[Tensor, Tensor]:
     """Student's and teacher's weight of phase 2: S frozen, gradients to complementary sets (Eqs 11, 12)."""
-    student = fake_quant(weight, mask, step.detach(), bits, ste, mask_gradients=True)
-    return student, teacher_weight(weight, mask, step, bits, teacher_weights)
+    _check_quantizer(weight, mask, step, bits, ste)
+    check_choice("teacher_weights", teacher_weights, reference.TEACHER_WEIGHTS)
+    student, teacher = DualWeights.apply(weight, mask, step.detach(), bits, ste, output_dtype(weight))
+    if teacher_weights == "shared":
+        quantized = dispatch.fake_quant(weight.detach(), mask, step.detach(), bits, weight.dtype)
+        teacher = torch.where(mask, quantized, teacher)
+    return student, teacher
 
 
 def _halves(x: Tensor, shape: str, fits: bool) -> tuple[Tensor, Tensor]:
@@ -187,107 +231,3 @@ def dual_conv2d(
     bias_teacher = None if bias is None else bias.detach()
     shape: Any = (stride, padding, dilation, groups)
     return torch.cat([F.conv2d(x_student, student, bias, *shape), F.conv2d(x_teacher, teacher, bias_teacher, *shape)])
-
-
-def masked_count(weights: Sequence[Tensor], sparsity: float) -> int:
-    """How many weights a sparsity masks: ``int(p N)``, in double precision on the host."""
-    return int(check_sparsity(sparsity) * sum(weight.numel() for weight in weights))
-
-
-class NonFiniteWeightError(ValueError):
-    """Magnitudes with NaN or infinity cannot be ranked; ``index`` says which tensor of the list holds one."""
-
-    def __init__(self, index: int, weight: Tensor, name: str | None = None) -> None:
-        self.index = index
-        what = f"weights[{index}]" if name is None else f"the weight of layer {name!r}"
-        super().__init__(
-            f"{what} of shape {tuple(weight.shape)} holds NaN or infinity: magnitudes cannot be ranked; training has "
-            "diverged, go back to the last good checkpoint and lower the learning rate"
-        )
-
-
-def _check_selectable(weights: Sequence[Tensor]) -> None:
-    if not weights:
-        raise ValueError("expected at least one weight tensor to select from, got an empty list")
-    for index, weight in enumerate(weights):
-        if not weight.is_floating_point():
-            raise TypeError(f"weights[{index}] must be floating point, got {weight.dtype}")
-        if weight.device.type == "cpu" and not torch.isfinite(weight).all():
-            raise NonFiniteWeightError(index, weight)
-
-
-def topk_mask(weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-    """Masks that prune exactly ``int(sparsity * N)`` of the N weights of all tensors together, the smallest ``|w|``.
-
-    Among equal magnitudes the lower flat index (in the order of the list) stays. Returns one bool mask for each weight.
-    Raises ValueError for an empty list, a sparsity outside [0, 1), or NaN or infinity in a weight (naming its index).
-    """
-    _check_selectable(weights)
-    keep = sum(weight.numel() for weight in weights) - masked_count(weights, sparsity)
-    return reference.topk_mask(weights, keep)
-
-
-def topk_mask_(masks: Sequence[Tensor], weights: Sequence[Tensor], k: Tensor | int) -> None:
-    """Set ``masks`` in place so that exactly the ``k`` weights of largest ``|w|`` are kept, over all tensors together.
-
-    ``k`` is the number kept, an int or an integer tensor with one element (read on the device, no host sync). Ties and
-    errors as in :func:`topk_mask`; ValueError also for masks that are not bool or do not fit their weights, and for an
-    int outside 0..N (the value of a tensor is not read).
-    """
-    _check_selectable(weights)
-    total = sum(weight.numel() for weight in weights)
-    if isinstance(k, Tensor):
-        if k.numel() != 1 or k.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"k must be an int32 or int64 tensor with one element, got {k.dtype} {tuple(k.shape)}")
-    elif isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= total:
-        raise ValueError(f"k must be an integer in 0..{total}, the number of weights kept; got {k!r}")
-    if len(masks) != len(weights):
-        raise ValueError(f"expected one mask for each weight, got {len(masks)} masks and {len(weights)} weights")
-    for index, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise ValueError(
-                f"masks[{index}] must be bool of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}"
-            )
-    for mask, chosen in zip(masks, reference.topk_mask(weights, k), strict=True):
-        mask.copy_(chosen)
-
-
-def _check_integers(name: str, values: Tensor, low: int, high: int) -> None:
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {values.dtype}")
-    if values.numel() and not low <= int(values.min()) <= int(values.max()) <= high:
-        raise ValueError(f"{name} must lie in {low}..{high}, got {int(values.min())}..{int(values.max())}")
-
-
-def _check_packed(packed: Tensor, numel: int, size: int, what: str) -> None:
-    if packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise TypeError(f"packed must be a flat uint8 tensor, got {packed.dtype} {tuple(packed.shape)}")
-    if numel < 0 or packed.numel() != size:
-        raise ValueError(
-            f"{numel} {what} take {max(size, 0)} bytes, got {packed.numel()}: wrong count or a torn buffer"
-        )
-
-
-def pack_int4(q: Tensor) -> Tensor:
-    """Pack integers in -8..7 as two's complement nibbles, low nibble first: uint8 ``[(n + 1) // 2]``."""
-    _check_integers("q", q, -8, 7)
-    return reference.pack_int4(q)
-
-
-def unpack_int4(packed: Tensor, numel: int) -> Tensor:
-    """The inverse of :func:`pack_int4`: int8 ``[numel]``. Raises ValueError if ``packed`` has another size."""
-    _check_packed(packed, numel, (numel + 1) // 2, "4-bit values")
-    return reference.unpack_int4(packed, numel)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool mask eight bits a byte, least significant bit first: uint8 ``[(n + 7) // 8]``."""
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    return reference.pack_bits(mask)
-
-
-def unpack_bits(packed: Tensor, numel: int) -> Tensor:
-    """The inverse of :func:`pack_bits`: bool ``[numel]``. Raises ValueError if ``packed`` has another size."""
-    _check_packed(packed, numel, (numel + 7) // 8, "mask bits")
-    return reference.unpack_bits(packed, numel)

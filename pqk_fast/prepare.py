@@ -12,6 +12,7 @@ from torch import nn
 
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
 from pqk_fast.config import ConfigError, PQKConfig, check_choice, matches, nearest
+from pqk_fast.fusion import unfuse
 from pqk_fast.layers import PQK_LAYERS, DualBatchNorm, PQKLayer, TwoPhase
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -185,7 +186,7 @@ def convert(model: Model, branch: str = "student") -> Model:
         require_phase2(model)
     else:
         require_prepared(model)
-    plain = copy.deepcopy(model)
+    plain = unfuse(copy.deepcopy(model))
     plain.__dict__.pop("stacked_is_right", None)
     swapped: dict[nn.Module, nn.Module] = {}
     floats: dict[torch.Tensor, nn.Parameter] = {}

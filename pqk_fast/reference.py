@@ -18,6 +18,8 @@ from torch import Tensor
 
 STE_MODES = ("identity", "clipped")
 TEACHER_WEIGHTS = ("latent", "shared")
+# fp64 is not among them: all is computed in fp32, which would silently lose half of it.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sparsity_at(epoch: float, epochs: int, target: float, initial: float = 0.0, start: float = 0.0) -> float:
@@ -171,26 +173,80 @@ def topk_mask(weights: Sequence[Tensor], keep: int | Tensor) -> list[Tensor]:
     return [part.reshape(weight.shape) for part, weight in zip(parts, weights, strict=True)]
 
 
-def pack_int4(q: Tensor) -> Tensor:
-    """Two's complement nibbles, low nibble first, flat order; an odd count is padded with 0. uint8 [(n + 1) // 2]."""
-    flat = F.pad(q.flatten().to(torch.int16), (0, q.numel() % 2)) & 0xF
-    return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
+# A magnitude's key: its 31 bits as fp32, which order as the magnitudes do. Digits of 11, 10 and 10 bits from the top.
+RADIX_BITS = (11, 10, 10)
 
 
-def unpack_int4(packed: Tensor, numel: int) -> Tensor:
-    """The inverse of :func:`pack_int4`: int8 ``[numel]`` in -8..7."""
-    wide = packed.to(torch.int16)
-    nibbles = torch.stack([wide & 0xF, wide >> 4], dim=1).flatten()[:numel]
-    return torch.where(nibbles > 7, nibbles - 16, nibbles).to(torch.int8)
+def magnitude_key(weight: Tensor) -> Tensor:
+    """``|w|`` as the integer that its fp32 bits are; lower precision is widened first. int64 of the weight's shape."""
+    return weight.detach().float().abs().contiguous().view(torch.int32).long()
+
+
+def magnitude_histogram(weights: Sequence[Tensor], level: int, prefix: Tensor) -> Tensor:
+    """Counts of the ``level``-th digit over the keys whose higher digits are ``prefix``. int64 ``[2048 or 1024]``."""
+    keys = torch.cat([magnitude_key(weight).flatten() for weight in weights]) >> sum(RADIX_BITS[level + 1 :])
+    bins = 2 ** RADIX_BITS[level]
+    return torch.bincount((keys % bins)[keys // bins == prefix], minlength=bins)
+
+
+def radix_digit(histogram: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """The digit of the key of a ``rank`` (1: the largest), and its rank among the keys with that digit. int64 []."""
+    above = histogram.flip(0).cumsum(0).flip(0) - histogram  # keys with a larger digit
+    digit = (above < rank).int().argmax()
+    return digit, rank - above[digit]
+
+
+def tie_counts(weights: Sequence[Tensor], threshold: Tensor) -> Tensor:
+    """How many keys of each tensor equal ``threshold``. int64 ``[tensors]``."""
+    return torch.stack([(magnitude_key(weight) == threshold).sum() for weight in weights])
+
+
+def mask_at_threshold(weights: Sequence[Tensor], threshold: Tensor, ties_kept: Tensor) -> list[Tensor]:
+    """Keep the keys above ``threshold`` and in each tensor the first ``ties_kept`` of those equal to it."""
+    masks = []
+    for weight, kept in zip(weights, ties_kept, strict=True):
+        key = magnitude_key(weight)
+        tie = key == threshold
+        order = tie.flatten().cumsum(0).reshape(key.shape)
+        masks.append((key > threshold) | (tie & (order <= kept)))
+    return masks
+
+
+def group_mask(weight: Tensor, keep: int, group: int) -> Tensor:
+    """N:M sparsity: the ``keep`` largest ``|w|`` of every ``group`` inputs that follow each other along dimension 1.
+
+    Among equal magnitudes the lower input stays. The inputs are a multiple of ``group``.
+    """
+    groups = weight.detach().float().abs().unflatten(1, (-1, group))
+    order = groups.argsort(dim=2, descending=True, stable=True)
+    rank = order.argsort(dim=2)
+    return (rank < keep).flatten(1, 2)
+
+
+def pack_ints(q: Tensor, bits: int) -> Tensor:
+    """``bits``-bit two's complement (1..8) as a little-endian bit stream in flat order: uint8 ``[ceil(n bits / 8)]``.
+
+    Value i takes bits ``i k .. i k + k - 1`` of the stream, whose bit b is bit ``b % 8`` of byte ``b // 8``; the last
+    byte is filled with zeros. For 4 bits that is the low nibble first.
+    """
+    digits = (q.flatten().unsqueeze(1).to(torch.int16) >> torch.arange(bits, device=q.device)) & 1
+    stream = F.pad(digits.flatten(), (0, -digits.numel() % 8)).reshape(-1, 8)
+    return (stream << torch.arange(8, device=q.device)).sum(1).to(torch.uint8)
+
+
+def unpack_ints(packed: Tensor, numel: int, bits: int) -> Tensor:
+    """The inverse of :func:`pack_ints`: int8 ``[numel]`` in ``-2^(k-1) .. 2^(k-1) - 1``."""
+    stream = (packed.unsqueeze(1).to(torch.int16) >> torch.arange(8, device=packed.device)) & 1
+    digits = stream.flatten()[: numel * bits].reshape(numel, bits)
+    unsigned = (digits << torch.arange(bits, device=packed.device)).sum(1)
+    return torch.where(unsigned < 2 ** (bits - 1), unsigned, unsigned - 2**bits).to(torch.int8)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Eight mask bits a byte, least significant bit first, flat order, zero padded. uint8 ``[(n + 7) // 8]``."""
-    flat = F.pad(mask.flatten().to(torch.int16), (0, -mask.numel() % 8)).reshape(-1, 8)
-    return (flat << torch.arange(8, device=mask.device)).sum(1).to(torch.uint8)
+    """A bool mask as :func:`pack_ints` of one bit: the least significant bit first."""
+    return pack_ints(mask, 1)
 
 
 def unpack_bits(packed: Tensor, numel: int) -> Tensor:
     """The inverse of :func:`pack_bits`: bool ``[numel]``."""
-    bits = (packed.unsqueeze(1).to(torch.int16) >> torch.arange(8, device=packed.device)) & 1
-    return bits.flatten()[:numel].bool()
+    return unpack_ints(packed, numel, 1) != 0

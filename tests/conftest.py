@@ -1,6 +1,6 @@
 """Fixtures for all tests.
 
-What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,PACKAGES}=1 makes it a failure.
+What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,NATIVE,PACKAGES}=1 makes it a failure.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import pytest
 import torch
 from cases import required
 from hypothesis import settings
+
+from pqk_fast import native
 
 settings.register_profile("pqk_fast", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("pqk_fast")
@@ -29,6 +31,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if required("GPU"):
             pytest.fail("PQK_FAST_REQUIRE_GPU=1, but torch finds no CUDA device")
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("native") and native.library().path is None:
+        pytest.skip(f"needs the C++ library: {native.library().problem}")
 
 
 @pytest.fixture

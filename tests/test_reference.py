@@ -303,10 +303,10 @@ def test_topk_mask_keeps_the_largest_over_all_tensors(keep: int, expected: list)
 def test_int4_bytes() -> None:
     # nibbles 1, F (-1), 7, 8 (-8), D (-3), low nibble first, one of padding
     q = torch.tensor([1, -1, 7, -8, -3], dtype=torch.int8)
-    packed = reference.pack_int4(q)
+    packed = reference.pack_ints(q, 4)
     assert packed.tolist() == [0xF1, 0x87, 0x0D]
     assert packed.dtype == torch.uint8
-    assert torch.equal(reference.unpack_int4(packed, 5), q)
+    assert torch.equal(reference.unpack_ints(packed, 5, 4), q)
 
 
 def test_mask_bytes() -> None:

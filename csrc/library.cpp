@@ -1,0 +1,396 @@
+// The only file that knows torch: checks what the operations get, finds the memory, and calls the kernels.
+//
+// Built on torch's stable ABI, so that one library serves torch 2.11 and later. Schemas are defined in
+// pqk_fast/dispatch.py; what is registered here stands in for the plain PyTorch implementation on the CPU.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dual_forward.h"
+#include "fake_quant.h"
+#include "int4.h"
+#include "parallel.h"
+#include "topk_mask.h"
+
+// Found by pqk_fast/native.py in the bytes of the file, before it is loaded.
+#define PQK_TEXT_(x) #x
+#define PQK_TEXT(x) PQK_TEXT_(x)
+extern "C" __attribute__((visibility("default"), used)) const char pqk_fast_build[] =
+    "pqk_fast build: sources=" PQK_TEXT(PQK_SOURCES) " torch=" PQK_TEXT(PQK_TORCH) " compiler=" __VERSION__ "\n";
+
+namespace pqk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void run_parallel(int64_t n, int64_t grain, RangeBody body, const void* context) {
+  if (n <= grain) return body(context, 0, n);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+namespace {
+
+Type type_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Float) return Type::f32;
+  if (type == ScalarType::BFloat16) return Type::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be fp32, bf16 or fp16, got ", toString(type));
+  return Type::f16;
+}
+
+Tensor empty_like(const Tensor& self, ScalarType dtype) {
+  if (self.scalar_type() == dtype) return torch::stable::empty_like(self);
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(self),         from(std::optional(dtype)), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+}
+
+// Strides of dimensions of size 1 say nothing.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+  return true;
+}
+
+// [N, C, ...] with the channels last in memory: dense, and the slices along dimension 0 still follow each other.
+bool is_channels_last(const Tensor& tensor) {
+  const int64_t dims = tensor.dim();
+  if (dims < 4 || tensor.numel() == 0) return false;
+  int64_t expected = 1;
+  const auto holds = [&](int64_t i) {
+    const bool fits = tensor.size(i) == 1 || tensor.stride(i) == expected;
+    expected *= tensor.size(i);
+    return fits;
+  };
+  bool result = holds(1);
+  for (int64_t i = dims - 1; i > 1; --i) result = result && holds(i);
+  return result && holds(0);
+}
+
+Tensor relaid(const Tensor& tensor, const Tensor& like) {
+  if (same_layout(tensor, like)) return tensor;
+  Tensor result = empty_like(like, tensor.scalar_type());
+  torch::stable::copy_(result, tensor);
+  return result;
+}
+
+// A weight with its mask and step size as contiguous memory, rows first.
+struct Operand {
+  Tensor weight, mask, step;
+  int64_t rows, columns;
+
+  Operand(const Tensor& weight_, const Tensor& mask_, const Tensor& step_, int64_t bits) {
+    STD_TORCH_CHECK(weight_.is_cpu() && mask_.is_cpu() && step_.is_cpu(), "expected tensors on the CPU");
+    STD_TORCH_CHECK(bits >= 2 && bits <= 8, "bits must be in 2..8, got ", bits);
+    type_of(weight_, "weight");
+    STD_TORCH_CHECK(mask_.scalar_type() == ScalarType::Bool && same_shape(mask_, weight_),
+                    "mask must be bool of the weight's shape");
+    const int64_t channels = weight_.dim() ? weight_.size(0) : 1;
+    rows = step_.numel();
+    STD_TORCH_CHECK(step_.dim() <= 1 && (rows == 1 || rows == channels), "step must have one value or ", channels,
+                    ", got ", rows);
+    columns = rows ? weight_.numel() / rows : 0;
+    const bool usable = weight_.is_contiguous() || is_channels_last(weight_);
+    weight = usable ? weight_ : torch::stable::contiguous(weight_);
+    mask = relaid(mask_, weight);
+    step = step_.scalar_type() == ScalarType::Float ? step_ : torch::stable::to(step_, ScalarType::Float);
+    step = torch::stable::contiguous(step);
+  }
+
+  Type type() const { return type_of(weight, "weight"); }
+
+  // A gradient in the weight's layout.
+  Tensor upstream(const Tensor& grad) const {
+    STD_TORCH_CHECK(grad.is_cpu() && same_shape(grad, weight), "grad must be on the CPU and of the weight's shape");
+    type_of(grad, "grad");
+    return relaid(grad, weight);
+  }
+};
+
+const uint8_t* bytes(const Tensor& mask) { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
+
+// What an operation returns must be laid out as torch.empty_like(weight) says, which the kernels may not be able to
+// write: they then write a contiguous tensor that is copied at the end.
+struct Result {
+  Tensor returned, written;
+
+  Result(const Tensor& weight, const Operand& operand, ScalarType dtype)
+      : returned(empty_like(weight, dtype)),
+        written(same_layout(returned, operand.weight) ? returned : empty_like(operand.weight, dtype)) {}
+
+  Tensor finished() {
+    if (written.get() != returned.get()) torch::stable::copy_(returned, written);
+    return returned;
+  }
+};
+
+void check_lists(size_t weights, size_t masks, size_t steps, size_t bits) {
+  STD_TORCH_CHECK(weights == masks && weights == steps && weights == bits,
+                  "weights, masks, steps and bits must have one entry for each layer, got ", weights, ", ", masks,
+                  ", ", steps, " and ", bits);
+}
+
+std::vector<Tensor> fake_quant_all(std::vector<Tensor> weights, std::vector<Tensor> masks, std::vector<Tensor> steps,
+                                   std::vector<int64_t> bits, ScalarType dtype) {
+  const size_t count = weights.size();
+  check_lists(count, masks.size(), steps.size(), bits.size());
+  std::vector<Operand> operands;
+  std::vector<Result> results;
+  std::vector<FakeQuantLayer> layers;
+  operands.reserve(count), results.reserve(count), layers.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Operand& o = operands.emplace_back(weights[i], masks[i], steps[i], bits[i]);
+    const Result& r = results.emplace_back(weights[i], o, dtype);
+    layers.push_back({o.weight.const_data_ptr(), o.type(), bytes(o.mask),
+                      static_cast<const float*>(o.step.const_data_ptr()), o.rows, o.columns, static_cast<int>(bits[i]),
+                      r.written.mutable_data_ptr(), type_of(r.written, "dtype")});
+  }
+  fake_quant(layers.data(), static_cast<int64_t>(count));
+  std::vector<Tensor> out;
+  out.reserve(count);
+  for (Result& result : results) out.push_back(result.finished());
+  return out;
+}
+
+Tensor fake_quant_one(const Tensor& weight, const Tensor& mask, const Tensor& step, int64_t bits, ScalarType dtype) {
+  return fake_quant_all({weight}, {mask}, {step}, {bits}, dtype)[0];
+}
+
+// Gradients that are not wanted come back as empty tensors.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quant_all_backward(
+    std::vector<Tensor> grads, std::vector<Tensor> weights, std::vector<Tensor> masks, std::vector<Tensor> steps,
+    std::vector<int64_t> bits, bool clipped, bool mask_gradients, bool need_weight, bool need_step) {
+  const size_t count = weights.size();
+  check_lists(count, masks.size(), steps.size(), bits.size());
+  STD_TORCH_CHECK(grads.size() == count, "expected ", count, " gradients, got ", grads.size());
+  std::vector<Operand> operands;
+  std::vector<Tensor> upstream;
+  std::vector<Result> results;
+  std::vector<Tensor> grad_weights, grad_steps;
+  std::vector<FakeQuantGradLayer> layers;
+  operands.reserve(count), upstream.reserve(count), results.reserve(count), layers.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Operand& o = operands.emplace_back(weights[i], masks[i], steps[i], bits[i]);
+    const Tensor& grad = upstream.emplace_back(o.upstream(grads[i]));
+    FakeQuantGradLayer layer = {grad.const_data_ptr(), type_of(grad, "grad"), o.weight.const_data_ptr(), o.type(),
+                                bytes(o.mask), static_cast<const float*>(o.step.const_data_ptr()), o.rows, o.columns,
+                                static_cast<int>(bits[i]), nullptr, nullptr};
+    if (need_weight) {
+      const Result& r = results.emplace_back(weights[i], o, weights[i].scalar_type());
+      layer.grad_weight = r.written.mutable_data_ptr();
+    }
+    if (need_step) {
+      grad_steps.push_back(torch::stable::empty_like(o.step));
+      layer.grad_step = static_cast<float*>(grad_steps.back().mutable_data_ptr());
+    } else {
+      grad_steps.push_back(torch::stable::new_empty(o.step, {0}));
+    }
+    layers.push_back(layer);
+  }
+  fake_quant_backward(layers.data(), static_cast<int64_t>(count), clipped, mask_gradients);
+  for (size_t i = 0; i < count; ++i)
+    grad_weights.push_back(need_weight ? results[i].finished() : torch::stable::new_empty(weights[i], {0}));
+  return {grad_weights, grad_steps};
+}
+
+std::tuple<Tensor, Tensor> fake_quant_one_backward(const Tensor& grad, const Tensor& weight, const Tensor& mask,
+                                                   const Tensor& step, int64_t bits, bool clipped, bool mask_gradients,
+                                                   bool need_weight, bool need_step) {
+  const auto [grad_weights, grad_steps] = fake_quant_all_backward(
+      {grad}, {weight}, {mask}, {step}, {bits}, clipped, mask_gradients, need_weight, need_step);
+  return {grad_weights[0], grad_steps[0]};
+}
+
+Tensor dual_weight_backward(const Tensor& grad_student, const Tensor& grad_teacher, const Tensor& weight,
+                            const Tensor& mask, const Tensor& step, int64_t bits, bool clipped) {
+  const Operand o(weight, mask, step, bits);
+  const Tensor student = o.upstream(grad_student), teacher = o.upstream(grad_teacher);
+  Result r(weight, o, weight.scalar_type());
+  split_gradient({student.const_data_ptr(), teacher.const_data_ptr(), type_of(student, "grad"),
+                  type_of(teacher, "grad"), bytes(o.mask), o.weight.const_data_ptr(), o.type(),
+                  static_cast<const float*>(o.step.const_data_ptr()), o.rows, o.columns, static_cast<int>(bits),
+                  clipped, r.written.mutable_data_ptr()});
+  return r.finished();
+}
+
+// Weights in flat order with their masks. A mask that is not contiguous is written aside and copied by finish().
+struct Ranking {
+  std::vector<Tensor> weights, masks, written;
+  std::vector<Ranked> tensors;
+  int64_t total = 0;
+
+  explicit Ranking(const std::vector<Tensor>& weights_, const std::vector<Tensor>* masks_ = nullptr) {
+    STD_TORCH_CHECK(!masks_ || masks_->size() == weights_.size(), "expected one mask for each weight");
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      STD_TORCH_CHECK(weights_[i].is_cpu(), "expected tensors on the CPU");
+      const Tensor& weight = weights.emplace_back(torch::stable::contiguous(weights_[i]));
+      uint8_t* out = nullptr;
+      if (masks_) {
+        const Tensor& mask = masks.emplace_back((*masks_)[i]);
+        STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool && same_shape(mask, weight),
+                        "mask must be bool of the weight's shape");
+        written.push_back(mask.is_contiguous() ? mask : torch::stable::empty_like(torch::stable::contiguous(mask)));
+        out = static_cast<uint8_t*>(written.back().mutable_data_ptr());
+      }
+      tensors.push_back({weight.const_data_ptr(), type_of(weight, "weight"), weight.numel(), out});
+      total += weight.numel();
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(tensors.size()); }
+
+  void finish() {
+    for (size_t i = 0; i < masks.size(); ++i)
+      if (!masks[i].is_contiguous()) torch::stable::copy_(masks[i], written[i]);
+  }
+};
+
+int64_t value_of(const Tensor& scalar, const char* name) {
+  STD_TORCH_CHECK(scalar.is_cpu() && scalar.numel() == 1, name, " must be one number on the CPU");
+  if (scalar.scalar_type() == ScalarType::Int) return *static_cast<const int32_t*>(scalar.const_data_ptr());
+  STD_TORCH_CHECK(scalar.scalar_type() == ScalarType::Long, name, " must be int32 or int64");
+  return *static_cast<const int64_t*>(scalar.const_data_ptr());
+}
+
+Tensor as_tensor(int64_t value, const Tensor& like) {
+  Tensor result = torch::stable::new_empty(like, {}, ScalarType::Long);
+  *static_cast<int64_t*>(result.mutable_data_ptr()) = value;
+  return result;
+}
+
+uint32_t key_of(const Tensor& scalar, const char* name) {
+  const int64_t value = value_of(scalar, name);
+  STD_TORCH_CHECK(value >= 0 && value < (int64_t{1} << 31), name, " must have 31 bits, got ", value);
+  return static_cast<uint32_t>(value);
+}
+
+Tensor select_largest(std::vector<Tensor> masks, std::vector<Tensor> weights, const Tensor& keep) {
+  Ranking ranking(weights, &masks);
+  const int64_t wanted = std::clamp<int64_t>(value_of(keep, "keep"), 0, ranking.total);
+  const int64_t bad = topk_mask(ranking.tensors.data(), ranking.count(), wanted);
+  if (bad < 0) ranking.finish();
+  return as_tensor(bad, keep);
+}
+
+Tensor select_in_groups(const Tensor& mask, const Tensor& weight, int64_t keep, int64_t group) {
+  STD_TORCH_CHECK(0 < keep && keep < group && group <= 16, "expected 0 < keep < group <= 16, got ", keep, " of ", group);
+  STD_TORCH_CHECK(weight.dim() >= 2 && weight.size(1) % group == 0, "inputs must be a multiple of ", group);
+  const std::vector<Tensor> masks = {mask};
+  Ranking ranking({weight}, &masks);
+  const Ranked& only = ranking.tensors[0];
+  const int64_t outer = weight.size(0), inputs = weight.size(1);
+  const int64_t inner = outer > 0 && inputs > 0 ? only.count / (outer * inputs) : 0;
+  const bool finite = group_mask(only.weight, only.type, only.mask, outer, inputs, inner, keep, group);
+  if (finite) ranking.finish();
+  return as_tensor(finite ? -1 : 0, mask);
+}
+
+Tensor histogram_of(std::vector<Tensor> weights, int64_t level, const Tensor& prefix) {
+  STD_TORCH_CHECK(level >= 0 && level < RADIX_LEVELS, "level must be in 0..2, got ", level);
+  const Ranking ranking(weights);
+  const Tensor counts = torch::stable::new_empty(prefix, {bins(level)}, ScalarType::Long);
+  magnitude_histogram(ranking.tensors.data(), ranking.count(), level, key_of(prefix, "prefix"),
+                      static_cast<int64_t*>(counts.mutable_data_ptr()));
+  return counts;
+}
+
+Tensor ties_of(std::vector<Tensor> weights, const Tensor& threshold) {
+  const Ranking ranking(weights);
+  const Tensor counts = torch::stable::new_empty(threshold, {ranking.count()}, ScalarType::Long);
+  count_ties(ranking.tensors.data(), ranking.count(), key_of(threshold, "threshold"),
+             static_cast<int64_t*>(counts.mutable_data_ptr()));
+  return counts;
+}
+
+void select_above(std::vector<Tensor> masks, std::vector<Tensor> weights, const Tensor& threshold,
+                  const Tensor& ties_kept) {
+  Ranking ranking(weights, &masks);
+  STD_TORCH_CHECK(ties_kept.is_cpu() && ties_kept.scalar_type() == ScalarType::Long &&
+                      ties_kept.numel() == ranking.count(),
+                  "ties_kept must be int64 with one count for each weight");
+  const Tensor kept = torch::stable::contiguous(ties_kept);
+  mask_at_threshold(ranking.tensors.data(), ranking.count(), key_of(threshold, "threshold"),
+                    static_cast<const int64_t*>(kept.const_data_ptr()));
+  ranking.finish();
+}
+
+Tensor bytes_like(const Tensor& values, int64_t size, ScalarType dtype) {
+  return torch::stable::new_empty(values, {size}, dtype);
+}
+
+Tensor pack(const Tensor& q_, int64_t bits) {
+  STD_TORCH_CHECK(q_.is_cpu() && q_.scalar_type() == ScalarType::Char, "q must be int8 on the CPU");
+  STD_TORCH_CHECK(bits >= 2 && bits <= 8, "bits must be in 2..8, got ", bits);
+  const Tensor q = torch::stable::contiguous(q_);
+  const Tensor packed = bytes_like(q, packed_size(q.numel(), bits), ScalarType::Byte);
+  const bool fits = pack_ints(static_cast<const int8_t*>(q.const_data_ptr()), q.numel(), bits,
+                              static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  STD_TORCH_CHECK(fits, "expected values of ", bits, " bits");
+  return packed;
+}
+
+// Sizes are the caller's word; nothing is read before they are known to agree with the memory that is there.
+Tensor checked_bytes(const Tensor& packed, int64_t numel, int64_t bits) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1,
+                  "packed must be flat uint8 on the CPU");
+  STD_TORCH_CHECK(numel >= 0 && packed.numel() == packed_size(numel, bits), numel, " values of ", bits,
+                  " bits do not take ", packed.numel(), " bytes");
+  return torch::stable::contiguous(packed);
+}
+
+Tensor unpack(const Tensor& packed_, int64_t numel, int64_t bits) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 8, "bits must be in 2..8, got ", bits);
+  const Tensor packed = checked_bytes(packed_, numel, bits);
+  const Tensor values = bytes_like(packed, numel, ScalarType::Char);
+  unpack_ints(bytes(packed), numel, bits, static_cast<int8_t*>(values.mutable_data_ptr()));
+  return values;
+}
+
+Tensor pack_bits(const Tensor& mask_) {
+  STD_TORCH_CHECK(mask_.is_cpu() && mask_.scalar_type() == ScalarType::Bool, "mask must be bool on the CPU");
+  const Tensor mask = torch::stable::contiguous(mask_);
+  const Tensor packed = bytes_like(mask, packed_size(mask.numel(), 1), ScalarType::Byte);
+  pack_mask(bytes(mask), mask.numel(), static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor unpack_bits(const Tensor& packed_, int64_t numel) {
+  const Tensor packed = checked_bytes(packed_, numel, 1);
+  const Tensor mask = bytes_like(packed, numel, ScalarType::Bool);
+  unpack_mask(bytes(packed), numel, static_cast<uint8_t*>(mask.mutable_data_ptr()));
+  return mask;
+}
+
+}  // namespace
+}  // namespace pqk
+
+STABLE_TORCH_LIBRARY_IMPL(pqk_fast, CPU, m) {
+  m.impl("fake_quant", TORCH_BOX(&pqk::fake_quant_one));
+  m.impl("fake_quant_backward", TORCH_BOX(&pqk::fake_quant_one_backward));
+  m.impl("fake_quant_all", TORCH_BOX(&pqk::fake_quant_all));
+  m.impl("fake_quant_all_backward", TORCH_BOX(&pqk::fake_quant_all_backward));
+  m.impl("dual_weight_backward", TORCH_BOX(&pqk::dual_weight_backward));
+  m.impl("topk_mask_", TORCH_BOX(&pqk::select_largest));
+  m.impl("group_mask_", TORCH_BOX(&pqk::select_in_groups));
+  m.impl("magnitude_histogram", TORCH_BOX(&pqk::histogram_of));
+  m.impl("tie_counts", TORCH_BOX(&pqk::ties_of));
+  m.impl("mask_at_threshold_", TORCH_BOX(&pqk::select_above));
+  m.impl("pack_ints", TORCH_BOX(&pqk::pack));
+  m.impl("unpack_ints", TORCH_BOX(&pqk::unpack));
+  m.impl("pack_bits", TORCH_BOX(&pqk::pack_bits));
+  m.impl("unpack_bits", TORCH_BOX(&pqk::unpack_bits));
+}

@@ -1,0 +1,245 @@
+"""The operations as torch's dispatcher knows them: schema, shapes for tracing, and one implementation a device.
+
+What stands here runs on any device, in plain PyTorch by :mod:`pqk_fast.reference`; the C++ library registers itself for
+the CPU on top. Nothing here knows gradients (:mod:`pqk_fast.autograd` does) or explains bad input (:mod:`pqk_fast.ops`
+does); the C++ functions check again what they need to stay within memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pqk_fast import native, reference
+
+_LIBRARY = torch.library.Library("pqk_fast", "DEF")
+
+
+def _define(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operation by its schema, its implementation in plain PyTorch and its fake; gives the operation."""
+    name = _LIBRARY.define(schema)
+
+    def run(*args: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        if first.device.type == "cpu":
+            native.warn_of_fallback()
+        with torch.no_grad():
+            return plain(*args)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pqk_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.pqk_fast, name).default
+
+
+def _laid_out(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` with the strides of ``torch.empty_like(like)``, which every implementation's result has."""
+    out = torch.empty_like(like, dtype=values.dtype)
+    return values if values.stride() == out.stride() else out.copy_(values)
+
+
+def _fake_quant(weight: Tensor, mask: Tensor, step: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    return _laid_out(reference.fake_quant(weight, mask, step, bits, dtype), weight)
+
+
+def _fake_quant_shape(weight: Tensor, mask: Tensor, step: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype)
+
+
+def _backward(
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    bits: int,
+    clipped: bool,
+    mask_gradients: bool,
+    need_weight: bool,
+    need_step: bool,
+) -> tuple[Tensor, Tensor]:
+    ste = "clipped" if clipped else "identity"
+    grad_weight, grad_step = reference.fake_quant_backward(grad, weight, mask, step, bits, ste, mask_gradients)
+    return (
+        _laid_out(grad_weight, weight) if need_weight else weight.new_empty(0),
+        grad_step if need_step else step.new_empty(0, dtype=torch.float32),
+    )
+
+
+def _backward_shape(grad: Tensor, weight: Tensor, mask: Tensor, step: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *_, need_weight, need_step = settings
+    return (
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+        step.new_empty(step.shape if need_step else 0, dtype=torch.float32),
+    )
+
+
+def _for_each_layer(one: Callable[..., Any], lists: int) -> Callable[..., list[Any]]:
+    """``one`` for every layer: the first ``lists`` arguments are lists with an entry a layer, the others common."""
+
+    def every(*args: Any) -> list[Any]:
+        return [one(*layer, *args[lists:]) for layer in zip(*args[:lists], strict=True)]
+
+    return every
+
+
+def _two_lists(every: Callable[..., list[Any]]) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
+    def split(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = every(*args)
+        return [first for first, _ in pairs], [second for _, second in pairs]
+
+    return split
+
+
+fake_quant = _define(
+    "fake_quant(Tensor weight, Tensor mask, Tensor step, int bits, ScalarType dtype) -> Tensor",
+    _fake_quant,
+    _fake_quant_shape,
+)
+
+# Gradients that are not needed come back as empty tensors.
+fake_quant_backward = _define(
+    "fake_quant_backward(Tensor grad, Tensor weight, Tensor mask, Tensor step, int bits, bool clipped, "
+    "bool mask_gradients, bool need_weight, bool need_step) -> (Tensor, Tensor)",
+    _backward,
+    _backward_shape,
+)
+
+fake_quant_all = _define(
+    "fake_quant_all(Tensor[] weights, Tensor[] masks, Tensor[] steps, int[] bits, ScalarType dtype) -> Tensor[]",
+    _for_each_layer(_fake_quant, 4),
+    _for_each_layer(_fake_quant_shape, 4),
+)
+
+fake_quant_all_backward = _define(
+    "fake_quant_all_backward(Tensor[] grads, Tensor[] weights, Tensor[] masks, Tensor[] steps, int[] bits, "
+    "bool clipped, bool mask_gradients, bool need_weight, bool need_step) -> (Tensor[], Tensor[])",
+    _two_lists(_for_each_layer(_backward, 5)),
+    _two_lists(_for_each_layer(_backward_shape, 5)),
+)
+
+
+def _dual_weight_backward(
+    grad_student: Tensor,
+    grad_teacher: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    bits: int,
+    clipped: bool,
+) -> Tensor:
+    ste = "clipped" if clipped else "identity"
+    student, _ = reference.fake_quant_backward(grad_student, weight, mask, step, bits, ste)
+    return _laid_out(torch.where(mask, student, grad_teacher.to(weight.dtype)), weight)
+
+
+dual_weight_backward = _define(
+    "dual_weight_backward(Tensor grad_student, Tensor grad_teacher, Tensor weight, Tensor mask, Tensor step, "
+    "int bits, bool clipped) -> Tensor",
+    _dual_weight_backward,
+    lambda grad_student, grad_teacher, weight, *_: torch.empty_like(weight),
+)
+
+
+def _unless_not_finite(masks: list[Tensor], weights: list[Tensor], chosen: list[Tensor]) -> Tensor:
+    """Write the masks; but if a tensor holds NaN or infinity only give its index. No device waits for the host."""
+    finite = torch.stack([weight.isfinite().all() for weight in weights])
+    for mask, choice in zip(masks, chosen, strict=True):
+        mask.copy_(torch.where(finite.all(), choice, mask))
+    return torch.where(finite.all(), -1, finite.int().argmin())
+
+
+def _topk_mask_(masks: list[Tensor], weights: list[Tensor], keep: Tensor) -> Tensor:
+    return _unless_not_finite(masks, weights, reference.topk_mask(weights, keep))
+
+
+def _group_mask_(mask: Tensor, weight: Tensor, keep: int, group: int) -> Tensor:
+    return _unless_not_finite([mask], [weight], [reference.group_mask(weight, keep, group)])
+
+
+def _mask_at_threshold_(masks: list[Tensor], weights: list[Tensor], threshold: Tensor, ties_kept: Tensor) -> None:
+    for mask, chosen in zip(masks, reference.mask_at_threshold(weights, threshold, ties_kept), strict=True):
+        mask.copy_(chosen)
+
+
+# Both return an int64 []: -1, or the index of the first weight that cannot be ranked; then the masks are as before.
+topk_mask_ = _define(
+    "topk_mask_(Tensor(a!)[] masks, Tensor[] weights, Tensor keep) -> Tensor",
+    _topk_mask_,
+    lambda masks, weights, keep: keep.new_empty((), dtype=torch.int64),
+)
+group_mask_ = _define(
+    "group_mask_(Tensor(a!) mask, Tensor weight, int keep, int group) -> Tensor",
+    _group_mask_,
+    lambda mask, weight, keep, group: mask.new_empty((), dtype=torch.int64),
+)
+
+# The steps of topk_mask_ for weights that are spread over processes; see ops.topk_threshold.
+magnitude_histogram = _define(
+    "magnitude_histogram(Tensor[] weights, int level, Tensor prefix) -> Tensor",
+    reference.magnitude_histogram,
+    lambda weights, level, prefix: prefix.new_empty(2 ** reference.RADIX_BITS[level], dtype=torch.int64),
+)
+tie_counts = _define(
+    "tie_counts(Tensor[] weights, Tensor threshold) -> Tensor",
+    reference.tie_counts,
+    lambda weights, threshold: threshold.new_empty(len(weights), dtype=torch.int64),
+)
+mask_at_threshold_ = _define(
+    "mask_at_threshold_(Tensor(a!)[] masks, Tensor[] weights, Tensor threshold, Tensor ties_kept) -> ()",
+    _mask_at_threshold_,
+    lambda masks, weights, threshold, ties_kept: None,
+)
+
+
+def _require(condition: bool, expected: str) -> None:
+    if not condition:
+        raise RuntimeError(f"expected {expected}")
+
+
+def _pack_ints(q: Tensor, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    _require(q.numel() == 0 or -half <= int(q.min()) <= int(q.max()) < half, f"values of {bits} bits")
+    return reference.pack_ints(q, bits)
+
+
+def _bytes_of(values: Tensor, bits: int = 1) -> Tensor:
+    return values.new_empty((values.numel() * bits + 7) // 8, dtype=torch.uint8)
+
+
+# q: int8. The layout is documented in reference.pack_ints and csrc/int4.h.
+pack_ints = _define("pack_ints(Tensor q, int bits) -> Tensor", _pack_ints, _bytes_of)
+unpack_ints = _define(
+    "unpack_ints(Tensor packed, int numel, int bits) -> Tensor",
+    reference.unpack_ints,
+    lambda packed, numel, bits: packed.new_empty(numel, dtype=torch.int8),
+)
+pack_bits = _define("pack_bits(Tensor mask) -> Tensor", reference.pack_bits, _bytes_of)
+unpack_bits = _define(
+    "unpack_bits(Tensor packed, int numel) -> Tensor",
+    reference.unpack_bits,
+    lambda packed, numel: packed.new_empty(numel, dtype=torch.bool),
+)
+
+
+def _one_by_one(operation: Any) -> None:
+    """What torch.vmap does with an operation: call it for each sample."""
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        inputs = list(zip(args, in_dims, strict=True))
+        outs = [
+            operation(*(arg if dim is None else arg.select(dim, index) for arg, dim in inputs))
+            for index in range(info.batch_size)
+        ]
+        if isinstance(outs[0], Tensor):
+            return torch.stack(outs), 0
+        return tuple(torch.stack(each) for each in zip(*outs, strict=True)), (0,) * len(outs[0])
+
+    torch.library.register_vmap(operation, batched, lib=_LIBRARY)
+
+
+_one_by_one(fake_quant)
+_one_by_one(fake_quant_backward)
+
+native.library()
