@@ -45,6 +45,7 @@ def extension() -> dict:
     library = CppExtension(
         "pqk_fast._C",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
         py_limited_api=True,
         define_macros=[
             ("TORCH_TARGET_VERSION", STABLE_ABI),

@@ -1,7 +1,9 @@
 """How the benchmarks measure: candidates take turns in one process, and the machine's copy speed is measured with them.
 
-A candidate is called in rounds, one call each in turn, so that a busy machine slows all of them alike; given are the
-median and the quartiles. Memory is recycled (see pqk_fast.allocator): otherwise page faults, not operations, are timed.
+Candidates are called in rounds, each in its turn, so that a busy machine slows all of them alike. A turn is one call that
+is not timed, so that each finds the caches as it leaves them, and then as many as take 10 ms, of which the mean counts.
+Given are the median of the turns and the quartiles. The roof is torch's copy of 256 MiB, before and after the rounds.
+Memory is recycled (see pqk_fast.allocator): otherwise page faults would be timed.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from pqk_fast.allocator import recycle_large_tensors
 from pqk_fast.files import replacing
 from pqk_fast.record import environment
 
-WARMUP = 5
+WARMUP = 4
+TURN = 10e-3  # seconds
 ROOF_BYTES = 256 << 20  # larger than any cache
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: median and quartiles of ``n`` calls."""
+    """Milliseconds a call: median and quartiles of ``n`` turns."""
 
     median: float
     low: float
@@ -47,45 +50,53 @@ class Timing:
 
 
 def take_turns(
-    candidates: dict[str, Callable[[], Any]],
-    seconds: float = 6.0,
-    rounds: tuple[int, int] = (15, 400),
-    slow: frozenset[str] = frozenset(),
+    candidates: dict[str, Callable[[], Any]], seconds: float = 6.0, rounds: tuple[int, int] = (15, 400)
 ) -> dict[str, Timing]:
-    """Time every candidate; about ``seconds`` for all, within ``rounds``. Those in ``slow`` run every eighth round."""
-    for _ in range(WARMUP):
-        start = time.perf_counter()
-        for run in candidates.values():
-            run()
-        turn = time.perf_counter() - start
-    count = min(max(int(seconds / turn), rounds[0]), rounds[1])
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(count):
-        for name, run in candidates.items():
-            if name in slow and index % 8:
-                continue
+    """Time every candidate in turn; about ``seconds`` for all together, within so many rounds."""
+    calls = {}
+    for name, run in candidates.items():
+        for _ in range(WARMUP):
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            once = time.perf_counter() - start
+        calls[name] = max(1, int(TURN / once))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    begin = time.perf_counter()
+    while len(times[name]) < rounds[0] or (time.perf_counter() - begin < seconds and len(times[name]) < rounds[1]):
+        for name, run in candidates.items():
+            run()
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                run()
+            times[name].append((time.perf_counter() - start) / calls[name])
     return {name: Timing.of(values) for name, values in times.items()}
 
 
-def copy_candidate() -> Callable[[], Any]:
-    """A copy of ``ROOF_BYTES`` by torch, on all its threads: reads and writes as many bytes."""
-    source = torch.ones(ROOF_BYTES // 4)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+class Roof:
+    """Bytes a second that torch's copy moves (read and written) on all its threads, as long as it is measured."""
 
+    def __init__(self) -> None:
+        self._source = torch.ones(ROOF_BYTES // 4)
+        self._target = torch.empty_like(self._source)
+        self._seconds: list[float] = []
 
-def bytes_per_second(timing: Timing) -> float:
-    """The roof that a timing of :func:`copy_candidate` gives."""
-    return 2 * ROOF_BYTES / (timing.median / 1e3)
+    def measure(self, calls: int = 8) -> None:
+        self._target.copy_(self._source)
+        for _ in range(calls):
+            start = time.perf_counter()
+            self._target.copy_(self._source)
+            self._seconds.append(time.perf_counter() - start)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return 2 * ROOF_BYTES / statistics.median(self._seconds)
 
 
 def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=6.0, help="time a case, all candidates together")
+    parser.add_argument("--only", default="", help="only the cases with this in their name")
     parser.add_argument("--out", type=Path, default=Path("bench/results") / out)
     return parser
 

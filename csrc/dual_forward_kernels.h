@@ -2,8 +2,6 @@
 
 namespace {
 
-constexpr int64_t PIECE = 1024;
-
 inline void select(const float* __restrict student, const float* __restrict teacher, const uint8_t* __restrict mask,
                    float* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -27,6 +25,10 @@ void split_gradient_block(const SplitGradientBlock& b) {
   alignas(64) float students[PIECE], teachers[PIECE], weights[PIECE], results[PIECE];
   for (int64_t i = 0; i < b.count; i += PIECE) {
     const int64_t n = b.count - i < PIECE ? b.count - i : PIECE;
+    prefetch(b.student, i, size_of(b.student_type));
+    prefetch(b.teacher, i, size_of(b.teacher_type));
+    prefetch(b.mask, i, 1);
+    if (b.clipped) prefetch(b.weight, i, size_of(b.weight_type));
     const float* student = as_f32(at(b.student, i, b.student_type), b.student_type, students, n);
     const float* teacher = as_f32(at(b.teacher, i, b.teacher_type), b.teacher_type, teachers, n);
     if (b.clipped) {

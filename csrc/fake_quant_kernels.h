@@ -1,9 +1,7 @@
-// The loops of fake_quant.cpp, once for each instruction set. They work on pieces that stay in the first-level cache, so
-// that the conversion of low precision, the terms of a sum and streamed stores can go through buffers.
+// The loops of fake_quant.cpp, once for each instruction set. They work in pieces, so that the conversion of low
+// precision, the terms of a sum and streamed stores can go through small buffers.
 
 namespace {
-
-constexpr int64_t PIECE = 1024;
 
 // Adding and subtracting 1.5 * 2^23 rounds |v| < 2^22 to the nearest integer, ties to even, and never gives -0.
 inline float round_to_even(float v) { return (v + 0x1.8p23f) - 0x1.8p23f; }
@@ -47,15 +45,21 @@ inline void step_terms(const float* __restrict grad, const float* __restrict wei
   }
 }
 
-// The sum of PIECE terms, in fp64 from the first addition.
-inline double sum(const float* terms) {
+// The sum of many times PIECE terms, in fp64 from the first addition.
+struct Sum {
   double lanes[16] = {};
-  for (int64_t i = 0; i < PIECE; i += 16)
-    for (int lane = 0; lane < 16; ++lane) lanes[lane] += terms[i + lane];
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
+
+  void add(const float* terms) {
+    for (int64_t i = 0; i < PIECE; i += 16)
+      for (int lane = 0; lane < 16; ++lane) lanes[lane] += terms[i + lane];
+  }
+
+  double total() const {
+    double all = 0;
+    for (double lane : lanes) all += lane;
+    return all;
+  }
+};
 
 }  // namespace
 
@@ -63,6 +67,8 @@ void fake_quant_block(const FakeQuantBlock& b) {
   alignas(64) float weights[PIECE], results[PIECE];
   for (int64_t i = 0; i < b.count; i += PIECE) {
     const int64_t n = b.count - i < PIECE ? b.count - i : PIECE;
+    prefetch(b.weight, i, size_of(b.weight_type));
+    prefetch(b.mask, i, 1);
     const float* weight = as_f32(at(b.weight, i, b.weight_type), b.weight_type, weights, n);
     void* out = at(b.out, i, b.out_type);
     const bool direct = b.out_type == Type::f32 && !b.stream;
@@ -76,9 +82,12 @@ void fake_quant_block(const FakeQuantBlock& b) {
 
 double fake_quant_grad_block(const FakeQuantGradBlock& b) {
   alignas(64) float weights[PIECE], grads[PIECE], results[PIECE];
-  double total = 0;
+  Sum sum;
   for (int64_t i = 0; i < b.count; i += PIECE) {
     const int64_t n = b.count - i < PIECE ? b.count - i : PIECE;
+    prefetch(b.grad, i, size_of(b.grad_type));
+    prefetch(b.weight, i, size_of(b.weight_type));
+    prefetch(b.mask, i, 1);
     const float* weight = as_f32(at(b.weight, i, b.weight_type), b.weight_type, weights, n);
     const float* grad = as_f32(at(b.grad, i, b.grad_type), b.grad_type, grads, n);
     if (b.grad_weight) {
@@ -91,8 +100,8 @@ double fake_quant_grad_block(const FakeQuantGradBlock& b) {
     if (b.want_step) {
       step_terms(grad, weight, b.mask + i, results, n, b.step, b.q);
       for (int64_t j = n; j < PIECE; ++j) results[j] = 0;
-      total += sum(results);
+      sum.add(results);
     }
   }
-  return total;
+  return sum.total();
 }

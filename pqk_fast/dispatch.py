@@ -84,10 +84,11 @@ def _for_each_layer(one: Callable[..., Any], lists: int) -> Callable[..., list[A
     return every
 
 
-def _two_lists(every: Callable[..., list[Any]]) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
+def _only_needed(every: Callable[..., list[Any]]) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
     def split(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+        *_, need_weight, need_step = args
         pairs = every(*args)
-        return [first for first, _ in pairs], [second for _, second in pairs]
+        return [w for w, _ in pairs if need_weight], [s for _, s in pairs if need_step]
 
     return split
 
@@ -98,7 +99,7 @@ fake_quant = _define(
     _fake_quant_shape,
 )
 
-# Gradients that are not needed come back as empty tensors.
+# Gradients that are not needed come back as an empty tensor, or list.
 fake_quant_backward = _define(
     "fake_quant_backward(Tensor grad, Tensor weight, Tensor mask, Tensor step, int bits, bool clipped, "
     "bool mask_gradients, bool need_weight, bool need_step) -> (Tensor, Tensor)",
@@ -115,8 +116,8 @@ fake_quant_all = _define(
 fake_quant_all_backward = _define(
     "fake_quant_all_backward(Tensor[] grads, Tensor[] weights, Tensor[] masks, Tensor[] steps, int[] bits, "
     "bool clipped, bool mask_gradients, bool need_weight, bool need_step) -> (Tensor[], Tensor[])",
-    _two_lists(_for_each_layer(_backward, 5)),
-    _two_lists(_for_each_layer(_backward_shape, 5)),
+    _only_needed(_for_each_layer(_backward, 5)),
+    _only_needed(_for_each_layer(_backward_shape, 5)),
 )
 
 

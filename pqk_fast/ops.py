@@ -137,8 +137,8 @@ def fake_quant_all(
     if len({(weight.dtype, weight.device) for weight in weights}) > 1:  # only lists of one kind go together
         layers = zip(weights, masks, steps, each, strict=True)
         return [fake_quant(w, m, s, k, ste, mask_gradients, dtype) for w, m, s, k in layers]
-    common = (each, ste, mask_gradients, output_dtype(weights[0], dtype))
-    return list(FakeQuantAll.apply(*common, *_distinct(weights), *masks, *_distinct(steps)))
+    common = (list(masks), each, ste, mask_gradients, output_dtype(weights[0], dtype))
+    return list(FakeQuantAll.apply(*common, *_distinct(weights), *_distinct(steps)))
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -146,6 +146,8 @@ def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     torch.compile keeps only the last of the gradients that an autograd.Function gives for one tensor (torch 2.11).
     """
+    if len({id(tensor) for tensor in tensors}) == len(tensors):
+        return list(tensors)
     first = {id(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
     return [t if first[id(t)] == index else t.view_as(t) for index, t in enumerate(tensors)]
 

@@ -5,8 +5,11 @@ What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,NATIVE,PACKA
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +40,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory from torch.empty holds NaN (the largest value for integers), so that what is never written shows."""
+    """Memory from torch.empty holds NaN (the largest value for integers), so that what is never written shows.
+
+    Memory that C++ takes past torch.empty holds bytes of 0x7f (3.4e38 as fp32), where the C library is glibc.
+    """
+    perturb = partial(ctypes.CDLL(None).mallopt, -6) if platform.libc_ver()[0] == "glibc" else lambda _: 1
+    assert perturb(0x80) == 1
     algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -45,6 +53,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
+    perturb(0)
     torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
