@@ -16,11 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from rich.table import Table
-from timing import Roof, arguments, start, take_turns, write
+from timing import Report
 from torch import Tensor
 
 from pqk_fast import ops
@@ -56,7 +54,7 @@ def inputs(numel: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return weight, mask, torch.full((1,), 0.3)
 
 
-def check(candidates: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
+def checked(candidates: dict[str, Callable]) -> dict[str, Callable]:
     """No figure for a candidate that computes something else (torch's own has the clipped estimator only)."""
     truth = candidates["pqk_fast"]()
     for name in ("eager", "torch.compile"):
@@ -64,6 +62,7 @@ def check(candidates: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
             # w / S and w (1 / S) may round to different levels, one weight in many
             wrong = (value - expected).abs() > 1e-3 * expected.abs().max()
             assert wrong.sum() <= 1 + 1e-4 * wrong.numel(), f"{name} computes something else"
+    return candidates
 
 
 def whole_model() -> dict[str, Callable]:
@@ -80,13 +79,14 @@ def whole_model() -> dict[str, Callable]:
     def each(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
         return lambda *lists: [function(*layer) for layer in zip(*lists, strict=True)]
 
-    return {
+    candidates = {
         "pqk_fast": run(lambda *lists: ops.fake_quant_all(*lists, BITS)),
         "pqk_fast, layer by layer": run(each(lambda *layer: ops.fake_quant(*layer, BITS))),
         "eager": run(each(naive)),
         "torch.compile": run(torch.compile(each(naive))),
         "torch's own": run(each(torchs_own)),
     }
+    return checked(candidates)
 
 
 def one_layer(numel: int, ste: str) -> dict[str, Callable]:
@@ -94,42 +94,18 @@ def one_layer(numel: int, ste: str) -> dict[str, Callable]:
     naive_ste = partial(naive, ste=ste)
     ours = partial(ops.fake_quant, bits=BITS, ste=ste, mask_gradients=ste == "clipped")
     functions = {"pqk_fast": ours, "eager": naive_ste, "torch.compile": torch.compile(naive_ste)}
-    return {
-        name: forward_backward(function, *layer) for name, function in {**functions, "torch's own": torchs_own}.items()
-    }
+    functions["torch's own"] = torchs_own
+    return checked({name: forward_backward(function, *layer) for name, function in functions.items()})
 
 
 def main() -> None:
-    args = arguments(__doc__, "fake_quant.json").parse_args()
-    start(args)
-    narrow = sum(p.numel() for p in create_model("res8_narrow", 12).parameters() if p.dim() > 1)
-    cases: list[tuple[str, int, int, Callable[[], dict[str, Callable]]]] = []
+    report = Report(__doc__, "fake_quant")
     for name, numel in SIZES.items():
         for ste, moved in (("identity", 18), ("clipped", 22)):
-            cases.append((f"{name}, {ste}", numel, moved * numel, partial(one_layer, numel, ste)))
-    cases.append(("res8-narrow, all layers", narrow, 18 * narrow, whole_model))
-
-    table = Table("weights", "candidate", "median ms", "quartiles", "of the roof", "pqk_fast is faster by")
-    rows: dict[str, dict[str, Any]] = {}
-    for case, numel, moved, make in cases:
-        if args.only not in case:
-            continue
-        torch.compiler.reset()
-        candidates = make()
-        check(candidates)
-        roof_now = Roof()
-        roof_now.measure()
-        times = take_turns(candidates, args.seconds)
-        roof_now.measure()
-        roof = roof_now.bytes_per_second
-        rows[case] = {"numel": numel, "bytes": moved, "roof_gb_s": round(roof / 1e9, 2)}
-        for candidate, timing in times.items():
-            share = moved / (timing.median / 1e3) / roof
-            ratio = timing.median / times["pqk_fast"].median
-            rows[case][candidate] = timing.as_json() | {"of_roof": round(share, 3), "ratio": round(ratio, 2)}
-            spread = f"{timing.low:.3g} .. {timing.high:.3g}"
-            table.add_row(case, candidate, f"{timing.median:.3g}", spread, f"{100 * share:.0f} %", f"{ratio:.2f}x")
-    write(args, "fake_quant", table, bits=BITS, cases=rows)
+            report.case(f"{name}, {ste}", numel, moved * numel, partial(one_layer, numel, ste))
+    narrow = sum(p.numel() for p in create_model("res8_narrow", 12).parameters() if p.dim() > 1)
+    report.case("res8-narrow, all layers", narrow, 18 * narrow, whole_model)
+    report.finish(bits=BITS)
 
 
 if __name__ == "__main__":

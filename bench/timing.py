@@ -1,7 +1,7 @@
 """How the benchmarks measure: candidates take turns in one process, and the machine's copy speed is measured with them.
 
-Candidates are called in rounds, each in its turn, so that a busy machine slows all of them alike. A turn is one call that
-is not timed, so that each finds the caches as it leaves them, and then as many as take 10 ms, of which the mean counts.
+Candidates are called in rounds, each in its turn, so that a busy machine slows all of them alike. A turn is one call
+that is not timed, so that each finds the caches as it leaves them, and then as many as take 10 ms: their mean counts.
 Given are the median of the turns and the quartiles. The roof is torch's copy of 256 MiB, before and after the rounds.
 Memory is recycled (see pqk_fast.allocator): otherwise page faults would be timed.
 """
@@ -92,25 +92,55 @@ class Roof:
         return 2 * ROOF_BYTES / statistics.median(self._seconds)
 
 
-def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=6.0, help="time a case, all candidates together")
-    parser.add_argument("--only", default="", help="only the cases with this in their name")
-    parser.add_argument("--out", type=Path, default=Path("bench/results") / out)
-    return parser
+class Report:
+    """Runs the cases of one benchmark, shows them as a table and writes them as a record.
 
+    Options: ``--threads``, ``--seconds`` (a case), ``--only`` (cases with this in their name), ``--out``.
+    """
 
-def start(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    recycle_large_tensors()
+    def __init__(self, doc: str | None, benchmark: str) -> None:
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--threads", type=int, default=2)
+        parser.add_argument("--seconds", type=float, default=6.0, help="time a case, all candidates together")
+        parser.add_argument("--only", default="", help="only the cases with this in their name")
+        parser.add_argument("--out", type=Path, default=Path(f"bench/results/{benchmark}.json"))
+        self.options = parser.parse_args()
+        self.benchmark = benchmark
+        self.cases: dict[str, dict[str, Any]] = {}
+        torch.set_num_threads(self.options.threads)
+        self.recycled = recycle_large_tensors()
 
+    def case(self, name: str, numel: int, moved: float, make: Callable[[], dict[str, Callable[[], Any]]]) -> None:
+        """Time what ``make`` gives, ``"pqk_fast"`` and others; each moves ``moved`` bytes at least."""
+        if self.options.only not in name:
+            return
+        torch.compiler.reset()
+        candidates = make()
+        roof = Roof()
+        roof.measure()
+        times = take_turns(candidates, self.options.seconds)
+        roof.measure()
+        row: dict[str, Any] = {"numel": numel, "bytes": int(moved), "roof_gb_s": round(roof.bytes_per_second / 1e9, 2)}
+        for candidate, timing in times.items():
+            share = moved / (timing.median / 1e3) / roof.bytes_per_second
+            ratio = timing.median / times["pqk_fast"].median
+            row[candidate] = timing.as_json() | {"of_roof": round(share, 3), "ratio": round(ratio, 2)}
+        self.cases[name] = row
 
-def write(args: argparse.Namespace, benchmark: str, table: Table, **content: Any) -> None:
-    """Show the table and write the record, whole or not at all."""
-    console = Console()
-    console.print(table)
-    settings = {"threads": args.threads, "recycled_memory": True}
-    with replacing(args.out, "w") as file:
-        json.dump({"benchmark": benchmark, **environment(), "settings": settings, **content}, file, indent=1)
-    console.print(f"{args.out} written")
+    def finish(self, **content: Any) -> None:
+        """Show the table and write the record, whole or not at all."""
+        table = Table("case", "candidate", "median ms", "quartiles", "of the roof", "pqk_fast is faster by")
+        for name, row in self.cases.items():
+            for candidate, cell in row.items():
+                if isinstance(cell, dict):
+                    low, high = cell["quartiles_ms"]
+                    share = f"{100 * cell['of_roof']:.0f} %"
+                    spread, ratio = f"{low} .. {high}", f"{cell['ratio']}x"
+                    table.add_row(name, candidate, str(cell["median_ms"]), spread, share, ratio)
+        console = Console()
+        console.print(table)
+        settings = {"threads": self.options.threads, "recycled_memory": self.recycled, **content}
+        record = {"benchmark": self.benchmark, **environment(), "settings": settings, "cases": self.cases}
+        with replacing(self.options.out, "w") as file:
+            json.dump(record, file, indent=1)
+        console.print(f"{self.options.out} written")

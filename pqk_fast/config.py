@@ -65,6 +65,11 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".")
 
 
+def pruned_of_group(sparsity: float, group_size: int) -> int:
+    """How many weights of a group a sparsity prunes: rounded down, but for what binary fractions miss."""
+    return int(sparsity * group_size + 1e-6)
+
+
 @dataclass(frozen=True)
 class PQKConfig:
     """How layers are pruned, quantized and taught. Defaults are the paper's, or our reading where it is silent.
@@ -72,7 +77,9 @@ class PQKConfig:
     Attributes:
         bits: weight bits k, 2..8; the grid is ``-Q..Q`` with ``Q = 2^(k-1) - 1``.
         sparsity: target fraction of pruned weights p_t, in [0, 1).
-        scope: "global" ranks all layers together, "layer" gives every layer the same sparsity.
+        scope: "global" ranks all layers together, "layer" gives every layer the same sparsity, "group" every
+            ``group_size`` inputs of each (N:M sparsity: 0.5 in groups of 4 ends at 2:4).
+        group_size: M of N:M, 2..16, for scope "group"; ``sparsity * group_size`` must be whole.
         layer_sparsity: name or ``re:`` pattern -> that layer's own sparsity, outside the global pool.
         exclude: names or ``re:`` patterns of Linear and convolution layers (or what holds them) that stay as they are.
         mask_interval: optimizer steps between mask updates, p_u.
@@ -89,6 +96,7 @@ class PQKConfig:
     bits: int = 4
     sparsity: float = 0.9
     scope: str = "global"
+    group_size: int = 4
     layer_sparsity: Mapping[str, float] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     mask_interval: int = 32
@@ -119,7 +127,15 @@ class PQKConfig:
                     re.compile(pattern[3:])
                 except re.error as error:
                     raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
-        check_choice("scope", self.scope, ("global", "layer"))
+        check_choice("scope", self.scope, ("global", "layer", "group"))
+        _require(2 <= self.group_size <= 16, f"group_size must lie in 2..16, got {self.group_size}")
+        if self.scope == "group":
+            for value in (self.sparsity, *self.layer_sparsity.values()):
+                whole = pruned_of_group(value, self.group_size)
+                _require(
+                    abs(value * self.group_size - whole) < 1e-6,
+                    f"in groups of {self.group_size} sparsity is 1/{self.group_size} or a multiple of it, got {value}",
+                )
         check_choice("step_init", self.step_init, STEP_INITS)
         check_choice("ste", self.ste, STE_MODES)
         check_choice("teacher_weights", self.teacher_weights, TEACHER_WEIGHTS)

@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pqk_fast import ops
 from pqk_fast.branches import config_of, require_prepared
-from pqk_fast.config import ConfigError, PQKConfig, matches
+from pqk_fast.config import ConfigError, PQKConfig, matches, pruned_of_group
 from pqk_fast.layers import PQKLayer
 from pqk_fast.schedule import last_mask_step, sparsity_of_mask
 from pqk_fast.step_size import SMALLEST_STEP
@@ -25,13 +25,37 @@ class _Pool:
         self.target = target
 
     def select(self, sparsity: float) -> None:
+        masks = [layer.weight_mask for layer in self.layers]
         weights = [layer.weight.detach() for layer in self.layers]
-        keep = sum(w.numel() for w in weights) - ops.masked_count(weights, sparsity)
         try:
-            ops.topk_mask_([layer.weight_mask for layer in self.layers], weights, keep)
+            self._select(masks, weights, sparsity)
         except ops.NonFiniteWeightError as error:
             index = error.index
             raise ops.NonFiniteWeightError(index, weights[index], self.names[index]) from error
+
+    def _select(self, masks: list[Tensor], weights: list[Tensor], sparsity: float) -> None:
+        keep = sum(w.numel() for w in weights) - ops.masked_count(weights, sparsity)
+        ops.topk_mask_(masks, weights, keep)
+
+
+class _Groups(_Pool):
+    """One layer, of whose every ``size`` inputs the same number is kept (N:M sparsity)."""
+
+    def __init__(self, name: str, layer: PQKLayer, target: float, size: int) -> None:
+        super().__init__({name: layer}, target)
+        self.size = size
+        if layer.weight.shape[1] % size:
+            raise ConfigError(
+                f"layer {name!r} has a weight of shape {tuple(layer.weight.shape)}: its inputs (dimension 1) are not a "
+                f"multiple of the group size {size}; leave it out by PQKConfig.exclude, or choose another size"
+            )
+
+    def _select(self, masks: list[Tensor], weights: list[Tensor], sparsity: float) -> None:
+        pruned = pruned_of_group(sparsity, self.size)
+        if pruned:
+            ops.group_mask_(masks[0], weights[0], self.size - pruned, self.size)
+        else:
+            masks[0].fill_(True)
 
 
 class Pruner:
@@ -83,7 +107,10 @@ class Pruner:
             own = [p for pattern, p in self.config.layer_sparsity.items() if matches(name, pattern)]
             if len(set(own)) > 1:
                 raise ConfigError(f"layer_sparsity names layer {name!r} by several patterns with targets {own}")
-            if own or self.config.scope == "layer":
+            if self.config.scope == "group":
+                target = own[0] if own else self.config.sparsity
+                pools.append(_Groups(name, layer, target, self.config.group_size))
+            elif own or self.config.scope == "layer":
                 pools.append(_Pool({name: layer}, own[0] if own else self.config.sparsity))
             else:
                 shared[name] = layer

@@ -19,7 +19,7 @@ from pqk_fast import (
     start_phase2,
 )
 from pqk_fast.branches import pqk_layers
-from pqk_fast.reference import sparsity_at
+from pqk_fast.reference import group_mask, sparsity_at
 
 
 def small_model(seed=0):
@@ -278,3 +278,55 @@ def test_state_dict_goes_on_where_it_was():
     assert masked(resumed) == masked(model)
     with pytest.raises(ValueError, match="steps=40, this one 41"):
         Pruner(prepare(small_model()), 41, 4).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8), (2, 3), (3, 10)])
+def test_groups_of_inputs_keep_n_of_m(keep: int, group: int) -> None:
+    model = nn.Sequential(nn.Conv2d(group, 2 * group, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * group * 4, 5))
+    sparsity = 1 - keep / group
+    prepare(model, PQKConfig(sparsity=sparsity, scope="group", group_size=group, mask_interval=2))
+    optimizer = torch.optim.SGD(param_groups(model, 0.001))
+    pruner = Pruner(model, steps=20, epoch_steps=4)
+    seen = []
+    for _ in range(20):
+        model(torch.randn(3, group, 4, 4)).square().sum().backward()
+        optimizer.step()
+        if pruner.step():
+            for layer in pqk_layers(model).values():
+                n = int(layer.weight_mask[0, :group].reshape(group, -1)[:, 0].sum())
+                assert n == group or torch.equal(layer.weight_mask, group_mask(layer.weight, n, group))
+        kept = [
+            {int(n) for n in layer.weight_mask.unflatten(1, (-1, group)).sum(2).flatten()}
+            for layer in pqk_layers(model).values()
+        ]
+        assert kept[0] == kept[1]
+        assert len(kept[0]) == 1
+        seen.append(kept[0].pop())
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] == keep
+
+
+def test_a_layer_that_does_not_divide_into_groups_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    prepare(model, PQKConfig(sparsity=0.5, scope="group"))
+    with pytest.raises(ConfigError, match=r"layer '0' has a weight of shape \(8, 6\): .* leave it out by"):
+        Pruner(model, 4, 1)
+    model = prepare(
+        nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), PQKConfig(sparsity=0.5, scope="group", exclude=("0",))
+    )
+    Pruner(model, 4, 1)
+
+
+def test_a_layers_own_target_in_groups() -> None:
+    config = PQKConfig(sparsity=0.5, scope="group", layer_sparsity={"1": 0.75}, mask_interval=1)
+    model = prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config)
+    Pruner(model, 1, 1)
+    assert [int(layer.weight_mask.sum()) for layer in pqk_layers(model).values()] == [32, 8]
+
+
+def test_groups_that_cannot_be_ranked_are_named() -> None:
+    model = prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), PQKConfig(sparsity=0.5, scope="group"))
+    with torch.no_grad():
+        model[1].weight[2, 3] = math.nan
+    with pytest.raises(ValueError, match=r"the weight of layer '1' of shape .* holds NaN or infinity"):
+        Pruner(model, 1, 1)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqk_fast import ops
+from pqk_fast import ops, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -139,3 +140,115 @@ def test_what_cannot_be_ranked_is_named(value: float, dtype: torch.dtype) -> Non
             select()
         assert error.value.index == 2
     assert all(mask.all() for mask in masks)
+
+
+def brute_force_groups(weight: Tensor, keep: int, group: int) -> Tensor:
+    mask = torch.zeros(weight.shape, dtype=torch.bool)
+    for index in product(*(range(n) for n in (weight.shape[0], weight.shape[1] // group, *weight.shape[2:]))):
+        place = [(index[0], index[1] * group + i, *index[2:]) for i in range(group)]
+        for at in sorted(place, key=lambda at: (-abs(float(weight[at])), at[1]))[:keep]:
+            mask[at] = True
+    return mask
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", range(2, 17))
+def test_group_mask(group: int, dtype: torch.dtype, device: str) -> None:
+    for index, shape in enumerate([(3, 2 * group), (5, group, 3), (2, 3 * group, 2, 2), (1, group), (0, group)]):
+        weight = normal_like(torch.empty(shape, dtype=dtype, device=device), seed=group)
+        weight[::2] = (weight[::2] * 2).round()  # ties
+        keep = 1 + (group + index) % (group - 1)
+        mask = ops.group_mask(weight, keep, group)
+        assert torch.equal(mask.cpu(), brute_force_groups(weight.cpu(), keep, group))
+        assert torch.equal(mask.cpu(), reference.group_mask(weight.cpu(), keep, group))
+
+
+def test_group_mask_of_other_layouts() -> None:
+    weight = normal_like(torch.empty(6, 8, 3, 5))
+    for laid_out in (weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
+        mask = torch.ones_like(laid_out, dtype=torch.bool)
+        strides = mask.stride()
+        ops.group_mask_(mask, laid_out, 2, 4)
+        assert torch.equal(mask, brute_force_groups(weight, 2, 4))
+        assert mask.stride() == strides
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_groups_that_cannot_be_ranked_leave_the_mask(value: float) -> None:
+    weight = torch.ones(3, 8)
+    weight[2, 7] = value
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    with pytest.raises(ops.NonFiniteWeightError, match="holds NaN or inf"):
+        ops.group_mask_(mask, weight, 2, 4)
+    assert mask.all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep", "group", "message"),
+    [
+        ((3, 8), 4, 4, "expected 0 < keep < group <= 16, such as 2 of 4; got 4 of 4"),
+        ((3, 8), 0, 4, "got 0 of 4"),
+        ((3, 34), 1, 17, "got 1 of 17"),
+        ((3, 6), 2, 4, r"inputs that are a multiple of 4, got shape \(3, 6\); leave the layer out"),
+        ((8,), 2, 4, r"need a weight \[out, in, \.\.\.\].*got shape \(8,\)"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(shape: tuple, keep: int, group: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.group_mask(torch.ones(shape), keep, group)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=4),
+    ranks=st.integers(1, 4),
+    levels=st.sampled_from([2, 9, 10_000]),
+    kept=st.floats(0.01, 1),
+    seed=st.integers(0, 99),
+)
+def test_shards_agree_on_the_mask_of_the_whole(
+    sizes: list[int], ranks: int, levels: int, kept: float, seed: int
+) -> None:
+    """Every process holds a part of each tensor's rows; histograms are summed and tie counts gathered."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randint(-levels, levels + 1, (n,), generator=generator).float() / 7 for n in sizes]
+    if not (total := sum(sizes)):
+        return
+    keep = torch.tensor(max(1, int(kept * total)))
+    shards = [[weight.tensor_split(ranks)[rank] for weight in weights] for rank in range(ranks)]
+
+    def all_reduced(level: int, prefix: Tensor) -> Tensor:
+        return torch.stack([ops.magnitude_histogram(shard, level, prefix) for shard in shards]).sum(0)
+
+    threshold, ties_kept = ops.topk_threshold(all_reduced, keep)
+    ties = torch.stack([ops.tie_counts(shard, threshold) for shard in shards], dim=1)  # [tensors, ranks]
+    before = ties.flatten().cumsum(0).reshape(ties.shape) - ties
+    mine = (ties_kept - before).clamp(min=torch.zeros_like(ties), max=ties)
+    masks = [[torch.empty_like(part, dtype=torch.bool) for part in shard] for shard in shards]
+    for rank, shard in enumerate(shards):
+        ops.mask_at_threshold_(masks[rank], shard, threshold, mine[:, rank])
+    whole = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
+    ops.topk_mask_(whole, weights, keep)
+    for index, mask in enumerate(whole):
+        assert torch.equal(torch.cat([masks[rank][index] for rank in range(ranks)]), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_steps_of_a_sharded_selection_are_the_references(dtype: torch.dtype) -> None:
+    weights = [normal_like(torch.empty(n, dtype=dtype), seed=n) for n in (257, 0, 33)]
+    for level, prefix in ((0, 0), (1, 0x3F8), (2, 0x3F8 << 10), (1, 5)):
+        histogram = ops.magnitude_histogram(weights, level, torch.tensor(prefix))
+        assert torch.equal(histogram, reference.magnitude_histogram(weights, level, torch.tensor(prefix)))
+    threshold = reference.magnitude_key(weights[0])[7]
+    assert torch.equal(ops.tie_counts(weights, threshold), reference.tie_counts(weights, threshold))
+    masks = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
+    for ties in ([0, 0, 0], [1, 0, 5]):
+        ops.mask_at_threshold_(masks, weights, threshold, torch.tensor(ties))
+        for mask, expected in zip(
+            masks, reference.mask_at_threshold(weights, threshold, torch.tensor(ties)), strict=True
+        ):
+            assert torch.equal(mask, expected)
+    with pytest.raises(ValueError, match="level must be 0, 1 or 2, got 3"):
+        ops.magnitude_histogram(weights, 3, torch.tensor(0))
+    with pytest.raises(ValueError, match=r"one count for each weight, \[3\], got \(2,\)"):
+        ops.mask_at_threshold_(masks, weights, threshold, torch.tensor([1, 2]))
