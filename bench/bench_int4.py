@@ -62,12 +62,14 @@ def pack_bits(numel: int) -> dict[str, Callable[[], Any]]:
     weights = 2 ** torch.arange(8, dtype=torch.uint8)
 
     def eager_bits(values: Tensor) -> Tensor:
-        return (values[: numel // 8 * 8].view(torch.uint8).view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+        return (values.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+    whole = mask[: numel // 8 * 8].view(torch.uint8)  # whole bytes only
 
     return {
         "pqk_fast": partial(ops.pack_bits, mask),
-        "eager": partial(eager_bits, mask),
-        "torch.compile": partial(torch.compile(eager_bits), mask),
+        "eager": partial(eager_bits, whole),
+        "torch.compile": partial(torch.compile(eager_bits), whole),
         "numpy": lambda: np.packbits(mask.numpy(), bitorder="little"),
     }
 

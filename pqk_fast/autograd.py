@@ -13,7 +13,7 @@ from pqk_fast import dispatch
 Forward = TypeVar("Forward")
 
 
-def _quickly_bound(forward: Forward) -> Forward:
+def quickly_bound(forward: Forward) -> Forward:
     """Function.apply binds its arguments to forward's signature at every call, which takes several times as long as a
     small layer's forward; to this signature they bind at once."""
     anything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
@@ -32,7 +32,7 @@ class FakeQuant(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_quickly_bound
+    @quickly_bound
     def forward(
         weight: Tensor,
         mask: Tensor,
@@ -75,7 +75,7 @@ class FakeQuantAll(torch.autograd.Function):
     """
 
     @staticmethod
-    @_quickly_bound
+    @quickly_bound
     def forward(
         masks: list[Tensor], bits: list[int], ste: str, mask_gradients: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ class PrunedOnly(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_quickly_bound
+    @quickly_bound
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
         return weight.view_as(weight)
 
@@ -136,7 +136,7 @@ class DualWeights(torch.autograd.Function):
     """
 
     @staticmethod
-    @_quickly_bound
+    @quickly_bound
     def forward(
         weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste: str, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,7 @@ def doctor(args: argparse.Namespace) -> None:
     table = Table("what", "found", title=f"pqk_fast {pqk_fast.__version__}", box=box.SIMPLE_HEAD)
     for name, value in {**about["versions"], **native.optional_packages(), **about["hardware"]}.items():
         table.add_row(name, "-" if value is None else str(value))
+    table.add_row("C++ library", escape(str(native.library())))
     console.print(table)
     table = Table("operation", "device", "runs on", "why not something faster", box=box.SIMPLE_HEAD)
     for row in native.backends():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pqk_fast import ops
+from pqk_fast.batch_norm import batch_norm
 from pqk_fast.config import PQKConfig
 from pqk_fast.step_size import initial_step
 
@@ -342,7 +343,7 @@ class DualBatchNorm(TwoPhase, _BatchNorm):
             if self.momentum is None:
                 factor = 1.0 / float(tracked)
         update = not self.training or self.track_running_stats
-        return F.batch_norm(
+        return batch_norm(
             x,
             mean if update else None,
             var if update else None,

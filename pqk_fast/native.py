@@ -6,7 +6,7 @@ Environment: ``PQK_FAST_REQUIRE_NATIVE=1`` makes a missing library an error, ``P
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import hashlib
 import importlib
 import importlib.metadata
@@ -46,6 +46,14 @@ class Library:
     problem: str
     build: str = ""
 
+    def __str__(self) -> str:
+        """One line for people."""
+        if self.path is None:
+            return f"not used: {self.problem}"
+        instruction_set = ctypes.CDLL(str(self.path)).pqk_fast_isa
+        instruction_set.restype = ctypes.c_char_p
+        return f"{self.path}, built from {self.build}; runs {instruction_set().decode()} code here"
+
 
 def build_of(path: Path) -> dict[str, str]:
     """What a library says of its making (``sources``, ``torch``, ``compiler``), read without loading it."""
@@ -67,9 +75,8 @@ def _candidates() -> list[Path]:
     """The library of this package; run from a source tree, also that of a regular installation."""
     if named := os.environ.get("PQK_FAST_LIBRARY"):
         return [Path(named)]
-    folders = [PACKAGE]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        folders.append(Path(str(importlib.metadata.distribution("pqk-fast").locate_file("pqk_fast"))))
+    installed = importlib.metadata.distributions(name="pqk-fast")
+    folders = dict.fromkeys([PACKAGE, *(Path(str(each.locate_file("pqk_fast"))) for each in installed)])
     return [path for folder in folders for path in sorted(folder.glob("_C*.so"))]
 
 
@@ -138,7 +145,7 @@ class Backend:
 def backends() -> list[Backend]:
     """The implementation of every operation on every device that this machine has."""
     found = library()
-    cpu = ("C++", "") if found.path else ("PyTorch", found.problem)
+    cpu = ("C++", "") if found.path else ("PyTorch", "the C++ library is not used")
     table = [Backend(operation, "cpu", *cpu) for operation in OPERATIONS]
     if torch.cuda.is_available():
         cuda = ("PyTorch", "this version has no Triton kernels yet")

@@ -128,6 +128,8 @@ def arguments(case: Case, dtype: torch.dtype, device: str) -> dict[Any, tuple]:
     """For each operation what it may be called with."""
     weight, mask, step = quantizer_inputs(case, 4, dtype, device)
     grad = normal_like(weight)
+    images = normal_like(torch.empty(3, 5, 4, 2, device=device)).contiguous(memory_format=torch.channels_last)
+    scale = torch.linspace(1, 2, 5, device=device)
     lists = ([weight, weight.clone()], [mask, mask.clone()], [step, step.clone()])
     return {
         dispatch.fake_quant: (weight, mask, step, 4, torch.bfloat16),
@@ -150,6 +152,8 @@ def arguments(case: Case, dtype: torch.dtype, device: str) -> dict[Any, tuple]:
             torch.tensor(0, device=device),
             torch.tensor([1, 0], device=device),
         ),
+        dispatch.batch_norm: (images, scale, None, 1e-5),
+        dispatch.batch_norm_backward: (images + 1, images, scale, scale - 1, scale),
         dispatch.pack_ints: ((4 * grad).clamp(-8, 7).to(torch.int8), 4),
         dispatch.unpack_ints: (torch.arange(grad.numel() * 3, device=device).to(torch.uint8), grad.numel() * 8, 3),
         dispatch.pack_bits: (mask,),

@@ -40,6 +40,7 @@ def test_the_library_is_loaded_and_says_what_it_is() -> None:
     done = run()
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == str(library.path)
+    assert re.search(r", built from sources .*; runs (baseline|avx2|avx512) code here$", str(library))
     assert {backend.implementation for backend in native.backends() if backend.device == "cpu"} == {"C++"}
 
 
@@ -82,6 +83,11 @@ def test_without_a_library_there_is_one_warning(tmp_path: Path) -> None:
 
 
 def test_switched_off_there_is_none() -> None:
+    done = run(
+        "from pqk_fast import native; print(native.library(), *{b.why_not_faster for b in native.backends()})",
+        PQK_FAST_NATIVE="0",
+    )
+    assert done.stdout.startswith("not used: switched off by PQK_FAST_NATIVE=0 the C++ library is not used")
     done = run(PQK_FAST_NATIVE="0")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("None\nswitched off by PQK_FAST_NATIVE=0\n")

@@ -23,6 +23,7 @@ ORDER = (
     "schedule",
     "dispatch",
     "autograd",
+    "batch_norm",
     "selection",
     "packing",
     "ops",
