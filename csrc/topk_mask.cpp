@@ -1,5 +1,6 @@
 // Selection by a radix search over the keys. Large inputs are narrowed down first: a sample gives two keys that bracket
-// the threshold, one pass collects the few keys between them, and the search reads only those.
+// the threshold, one pass collects the few keys between them, and the search reads only those. The same pass leaves one
+// bit a weight, whether it is above the bracket: bits and collected keys make the mask, and no weight is read twice.
 #include "topk_mask.h"
 
 #include <algorithm>
@@ -18,7 +19,7 @@ constexpr int32_t INFINITE = 0x7f800000;     // the keys of infinity and NaN sta
 constexpr int SHIFT[RADIX_LEVELS] = {20, 10, 0};
 constexpr int SUBTABLES = 4;
 constexpr int MAX_GROUP = 16;
-constexpr int64_t CHUNK = 8192;              // the most keys that one call of tally reads
+constexpr int64_t CHUNK = 8192;              // positions that are tallied together
 constexpr int64_t PARALLEL_FROM = 262144;    // keys that are worth a thread: 35 us, about what waking it costs
 constexpr int64_t SAMPLE_FROM = 16384;       // fewer keys are searched whole
 constexpr int64_t MAX_BLOCKS = 1024;
@@ -43,26 +44,27 @@ namespace {
 
 void atomic_add(int64_t* to, int64_t n) { __atomic_fetch_add(to, n, __ATOMIC_RELAXED); }
 
-// The tensors as one sequence of `total` values, cut into at most MAX_BLOCKS blocks of equal size.
+constexpr int64_t room_for(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// The tensors as one sequence of `total` values at `span` positions: each tensor starts at a multiple of LANES, so that
+// bits and vectors never straddle two. Cut into at most MAX_BLOCKS blocks of equal size.
 struct Ranking {
   const Ranked* tensors;
-  int64_t total = 0, block, blocks;
+  int64_t total = 0, span = 0, block, blocks;
 
   Ranking(const Ranked* tensors, int64_t count) : tensors(tensors) {
-    for (int64_t i = 0; i < count; ++i) total += tensors[i].count;
-    const int64_t even = (total / MAX_BLOCKS + LANES) / LANES * LANES;
-    block = std::max(even, CHUNK);
-    blocks = (total + block - 1) / block;
+    for (int64_t i = 0; i < count; ++i) total += tensors[i].count, span += room_for(tensors[i].count);
+    block = std::max(room_for(span / MAX_BLOCKS + 1), CHUNK);
+    blocks = parts(block);
   }
 
-  // Calls body(first block, end block) on ranges that cover all of them.
+  int64_t parts(int64_t size) const { return (span + size - 1) / size; }
+
+  // Calls body(first, end) on ranges that cover all parts.
   template <class Body>
-  void parallel_blocks(const Body& body) const {
-    const int64_t grain = std::max<int64_t>(PARALLEL_FROM / block, 1);
-    if (blocks <= grain)
-      body(0, blocks);
-    else
-      parallel_for(blocks, grain, body);
+  void parallel(int64_t size, const Body& body) const {
+    const int64_t n = parts(size), grain = std::max<int64_t>(PARALLEL_FROM / size, 1);
+    n <= grain ? body(0, n) : parallel_for(n, grain, body);
   }
 };
 
@@ -72,16 +74,16 @@ struct Walk {
   const Ranked* tensor = ranking.tensors;
   int64_t start = 0;  // position of the tensor's first value
 
-  // Calls body on the pieces, none longer than `longest`, of begin..end. `begin` may not go back before the tensor.
+  // Calls body(piece, its position) for begin..end, multiples of LANES; `begin` may not go back before the tensor.
   template <class Body>
-  void visit(int64_t begin, int64_t end, int64_t longest, const Body& body) {
-    end = std::min(end, ranking.total);
+  void visit(int64_t begin, int64_t end, const Body& body) {
+    end = std::min(end, ranking.span);
     while (begin < end) {
-      for (; begin >= start + tensor->count; ++tensor) start += tensor->count;
-      const int64_t offset = begin - start, n = std::min({end - begin, tensor->count - offset, longest});
+      for (; begin >= start + room_for(tensor->count); ++tensor) start += room_for(tensor->count);
+      const int64_t offset = begin - start, n = std::min(end - begin, tensor->count - offset);
       const char* weight = static_cast<const char*>(tensor->weight) + offset * size_of(tensor->type);
-      body(Ranked{weight, tensor->type, n, tensor->mask ? tensor->mask + offset : nullptr});
-      begin += n;
+      body(Ranked{weight, tensor->type, n, tensor->mask ? tensor->mask + offset : nullptr}, begin);
+      begin += room_for(n);
     }
   }
 };
@@ -90,7 +92,7 @@ void add_histogram(const Ranking& ranking, int64_t begin, int64_t end, int level
   const int64_t count = bins(level), stride = count + 1;
   uint32_t tables[SUBTABLES * (bins(0) + 1)];
   std::fill_n(tables, SUBTABLES * stride, 0);
-  Walk{ranking}.visit(begin, end, end - begin, [&](const Ranked& piece) {
+  Walk{ranking}.visit(begin, end, [&](const Ranked& piece, int64_t) {
     PQK_DISPATCH(histogram, piece, level, prefix, tables);
   });
   for (int64_t bin = 0; bin < count; ++bin) {
@@ -103,29 +105,63 @@ void add_histogram(const Ranking& ranking, int64_t begin, int64_t end, int level
 void histogram_of(const Ranking& ranking, int level, int32_t prefix, int64_t* histogram) {
   std::fill_n(histogram, bins(level), 0);
   constexpr int64_t no_overflow = int64_t{1} << 31;  // of a 32 bit counter
-  ranking.parallel_blocks([&](int64_t first, int64_t last) {
+  ranking.parallel(ranking.block, [&](int64_t first, int64_t last) {
     const int64_t end = last * ranking.block;
     for (int64_t begin = first * ranking.block; begin < end; begin += no_overflow)
       add_histogram(ranking, begin, std::min(end, begin + no_overflow), level, prefix, histogram);
   });
 }
 
-// Tallies all keys, and puts those between low and high into between[capacity], in no fixed order, as far as they fit.
-Tally tally_all(const Ranking& ranking, int32_t low, int32_t high, int32_t* between = nullptr, int64_t capacity = 0) {
+// The collected keys of a chunk: where they start in Bracket::keys, and how many ties of the threshold among them stay.
+struct Found {
+  int64_t first, count, ties_kept;
+};
+
+// What one pass leaves for the mask, for each chunk, each key between low and high, and each LANES positions.
+struct Bracket {
+  std::unique_ptr<char[]> memory;
+  bool encloses = false;  // the threshold is among the keys, and nothing is missing
+  int64_t capacity;       // for keys
+  Found* chunks;
+  int32_t* keys;     // those of a chunk together and in order, the chunks in no fixed order
+  uint16_t* places;  // of the keys within their chunks
+  uint16_t* bits;    // key >= high
+
+  bool allocate(int64_t n, int64_t most) {
+    memory.reset(new (std::nothrow) char[n * (sizeof(Found) + CHUNK / 8) + most * 6]);
+    capacity = most;
+    chunks = reinterpret_cast<Found*>(memory.get());
+    keys = reinterpret_cast<int32_t*>(chunks + n);
+    places = reinterpret_cast<uint16_t*>(keys + most);
+    bits = places + most;
+    return memory != nullptr;
+  }
+};
+
+// Tallies all keys, and collects those between low and high as far as they fit. `ENDS`: see the kernel.
+template <bool ENDS>
+Tally tally_all(const Ranking& ranking, int32_t low, int32_t high, Bracket* bracket = nullptr) {
   Tally all{};
-  ranking.parallel_blocks([&](int64_t first, int64_t last) {
-    int32_t found[CHUNK + LANES];
+  ranking.parallel(CHUNK, [&](int64_t first, int64_t last) {
+    int32_t keys[CHUNK + LANES], places[CHUNK + LANES];
+    uint16_t unused[CHUNK / LANES];
     Tally part{};
-    Walk{ranking}.visit(first * ranking.block, last * ranking.block, CHUNK, [&](const Ranked& piece) {
-      const Tally t = PQK_DISPATCH(tally, piece, low, high, found);
-      part.above_high += t.above_high;
-      part.from_high += t.from_high;
-      part.from_low += t.from_low;
-      part.infinite |= t.infinite;
-      if (t.between == 0) return;
-      const int64_t at = __atomic_fetch_add(&all.between, t.between, __ATOMIC_RELAXED);
-      if (at + t.between <= capacity) std::copy_n(found, t.between, between + at);
-    });
+    Walk walk{ranking};
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t begin = chunk * CHUNK;
+      uint16_t* const bits = bracket ? bracket->bits + begin / LANES : unused;
+      part.between = 0;
+      walk.visit(begin, begin + CHUNK, [&](const Ranked& piece, int64_t position) {
+        const auto place = static_cast<int32_t>(position - begin);
+        PQK_DISPATCH(tally<ENDS>, piece, low, high, place, keys, places, bits + place / LANES, &part);
+      });
+      if (!bracket) continue;
+      const int64_t n = part.between, at = __atomic_fetch_add(&all.between, n, __ATOMIC_RELAXED);
+      bracket->chunks[chunk] = {at, n, n};
+      if (at + n > bracket->capacity) continue;
+      std::copy_n(keys, n, bracket->keys + at);
+      std::copy_n(places, n, bracket->places + at);
+    }
     atomic_add(&all.above_high, part.above_high);
     atomic_add(&all.from_high, part.from_high);
     atomic_add(&all.from_low, part.from_low);
@@ -136,7 +172,7 @@ Tally tally_all(const Ranking& ranking, int32_t low, int32_t high, int32_t* betw
 
 int64_t first_not_finite(const Ranked* tensors, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    if (tally_all(Ranking(&tensors[i], 1), INFINITE, INFINITE).infinite) return i;
+    if (tally_all<false>(Ranking(&tensors[i], 1), INFINITE, INFINITE).infinite) return i;
   return -1;
 }
 
@@ -168,63 +204,99 @@ Threshold radix_search(const int32_t* keys, int64_t count, int64_t rank, int32_t
 }
 
 // Copies runs of 16 values, one at a varying place of each of `runs` equal parts: even where neighbours are alike or
-// the values repeat, their ranks are close to those of all.
-void draw_sample(const Ranking& ranking, int64_t runs, int32_t* sample) {
-  const int64_t part = ranking.total / runs;
+// the values repeat, their ranks are close to those of all. Returns how many: a tensor's last run may be shorter.
+int64_t draw_sample(const Ranking& ranking, int64_t runs, int32_t* sample) {
+  const int64_t part = ranking.span / runs;
+  int64_t size = 0;
   Walk walk{ranking};
   for (int64_t i = 0; i < runs; ++i) {
     const uint64_t fraction = static_cast<uint32_t>(i * 0x9e3779b9u);  // golden ratio: spread evenly over 2^32
-    const int64_t begin = i * part + static_cast<int64_t>(fraction * (part - LANES) >> 32);
-    walk.visit(begin, begin + LANES, LANES, [&](const Ranked& piece) {
-      PQK_DISPATCH(copy_keys, piece, sample);
-      sample += piece.count;
+    const int64_t begin = (i * part + static_cast<int64_t>(fraction * part >> 32)) / LANES * LANES;
+    walk.visit(begin, begin + LANES, [&](const Ranked& piece, int64_t) {
+      PQK_DISPATCH(copy_keys, piece, sample + size);
+      size += piece.count;
     });
   }
+  return size;
 }
 
-Threshold search(const Ranking& ranking, int64_t rank) {
+Threshold search(const Ranking& ranking, int64_t rank, Bracket* bracket) {
   if (ranking.total < SAMPLE_FROM) return radix_search(ranking, rank);
 
   // The rank in the sample errs by at most sqrt(size) / 2 (one standard deviation) if the values are independent.
-  const int64_t runs = static_cast<int64_t>(std::sqrt(static_cast<double>(ranking.total))), size = runs * LANES;
+  const int64_t runs = static_cast<int64_t>(std::sqrt(static_cast<double>(ranking.span)));
+  const std::unique_ptr<int32_t[]> sample(new (std::nothrow) int32_t[runs * LANES]);
+  if (!sample) return radix_search(ranking, rank);
+  const int64_t size = draw_sample(ranking, runs, sample.get());
   const double deviations = 2 * std::sqrt(static_cast<double>(size));
   const int64_t capacity = static_cast<int64_t>(4 * deviations / size * ranking.total);
-  const std::unique_ptr<int32_t[]> memory(new (std::nothrow) int32_t[capacity + size]);
-  if (!memory) return radix_search(ranking, rank);
-  int32_t* const between = memory.get();
-  int32_t* const sample = between + capacity;
+  if (!bracket->allocate(ranking.parts(CHUNK), capacity)) return radix_search(ranking, rank);
 
-  draw_sample(ranking, runs, sample);
   const double expected = static_cast<double>(rank) / ranking.total * size;
   const int64_t rank_high = static_cast<int64_t>(expected - deviations);
   const int64_t rank_low = static_cast<int64_t>(expected + deviations);
-  const int32_t high = rank_high < 1 ? INFINITE : radix_search(sample, size, rank_high).key;
-  const int32_t low = rank_low > size ? ABSENT : radix_search(sample, size, rank_low).key;
-  if (high < 0) return {-1, 0, 0};
+  const Threshold high = rank_high < 1 ? Threshold{INFINITE, 0, 0} : radix_search(sample.get(), size, rank_high);
+  const Threshold low = rank_low > size ? Threshold{ABSENT, 0, 0} : radix_search(sample.get(), size, rank_low);
+  if (high.key < 0) return {-1, 0, 0};
 
-  const Tally tally = tally_all(ranking, low, high, between, capacity);
+  // An end of the bracket is hardly the threshold too, unless its ties reach far towards the expected rank.
+  const bool shared = std::max(low.kept, high.ties - high.kept) > deviations / 4;
+  const Tally tally = shared ? tally_all<true>(ranking, low.key, high.key, bracket)
+                             : tally_all<false>(ranking, low.key, high.key, bracket);
   if (tally.infinite) return {-1, 0, 0};
   const int64_t above_low = tally.from_high + tally.between;
   if (rank > tally.above_high && rank <= tally.from_high)
-    return {high, rank - tally.above_high, tally.from_high - tally.above_high};
-  if (rank > above_low && rank <= tally.from_low) return {low, rank - above_low, tally.from_low - above_low};
-  if (rank > tally.from_high && rank <= above_low && tally.between <= capacity)
-    return radix_search(between, tally.between, rank - tally.from_high, low, high);
+    return {high.key, rank - tally.above_high, tally.from_high - tally.above_high};
+  if (rank > above_low && rank <= tally.from_low) return {low.key, rank - above_low, tally.from_low - above_low};
+  if (rank > tally.from_high && rank <= above_low && tally.between <= capacity) {
+    bracket->encloses = !shared;
+    return radix_search(bracket->keys, tally.between, rank - tally.from_high, low.key, high.key);
+  }
   return radix_search(ranking, rank);  // the sample was not like the rest
 }
 
-// mask = key > threshold, and the first `kept` keys equal to it. Negative `ties`: not known.
+// mask = key > threshold, and the first `kept` keys equal to it, where the bracket encloses the threshold.
+void write_mask(const Ranking& ranking, const Threshold& threshold, const Bracket& bracket) {
+  if (threshold.kept < threshold.ties) {
+    int64_t left = threshold.kept;
+    for (int64_t chunk = 0; chunk < ranking.parts(CHUNK); ++chunk) {
+      Found& found = bracket.chunks[chunk];
+      const int32_t* const keys = bracket.keys + found.first;
+      found.ties_kept = std::min<int64_t>(left, std::count(keys, keys + found.count, threshold.key));
+      left -= found.ties_kept;
+    }
+  }
+  ranking.parallel(CHUNK, [&](int64_t first, int64_t last) {
+    Walk walk{ranking};
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t begin = chunk * CHUNK;
+      uint16_t* const bits = bracket.bits + begin / LANES;
+      Found found = bracket.chunks[chunk];
+      for (int64_t i = found.first; i < found.first + found.count; ++i) {
+        const int32_t key = bracket.keys[i], place = bracket.places[i];
+        int stays = key > threshold.key;  // not to be predicted: without a branch
+        if (key == threshold.key) stays = found.ties_kept-- > 0;
+        bits[place / LANES] |= static_cast<uint16_t>(stays << place % LANES);
+      }
+      walk.visit(begin, begin + CHUNK, [&](const Ranked& piece, int64_t position) {
+        PQK_DISPATCH(expand_bits, bits + (position - begin) / LANES, piece.mask, piece.count);
+      });
+    }
+  });
+}
+
+// The same from the weights. Negative `ties`: not known.
 void write_mask(const Ranking& ranking, const Threshold& threshold) {
   const bool keep_all_ties = threshold.kept == threshold.ties;
   int64_t ties[MAX_BLOCKS];
   const auto mask_block = [&](Walk& walk, int64_t block, int32_t above) {
     int64_t equal = 0;
-    walk.visit(block * ranking.block, (block + 1) * ranking.block, INT32_MAX, [&](const Ranked& piece) {
+    walk.visit(block * ranking.block, (block + 1) * ranking.block, [&](const Ranked& piece, int64_t) {
       equal += PQK_DISPATCH(mask_above, piece, above);
     });
     return equal;
   };
-  ranking.parallel_blocks([&](int64_t first, int64_t last) {
+  ranking.parallel(ranking.block, [&](int64_t first, int64_t last) {
     Walk walk{ranking};
     for (int64_t b = first; b < last; ++b) ties[b] = mask_block(walk, b, threshold.key - keep_all_ties);
   });
@@ -233,14 +305,14 @@ void write_mask(const Ranking& ranking, const Threshold& threshold) {
   // The blocks before `cut` keep all of their ties, `cut` itself only its first ones.
   int64_t cut = 0, left = threshold.kept;
   for (; cut < ranking.blocks && ties[cut] <= left; ++cut) left -= ties[cut];
-  ranking.parallel_blocks([&](int64_t first, int64_t last) {
+  ranking.parallel(ranking.block, [&](int64_t first, int64_t last) {
     Walk walk{ranking};
     for (int64_t b = first; b < std::min(last, cut); ++b)
       if (ties[b] != 0) mask_block(walk, b, threshold.key - 1);
   });
   Walk walk{ranking};
   if (left > 0)
-    walk.visit(cut * ranking.block, (cut + 1) * ranking.block, INT32_MAX, [&](const Ranked& piece) {
+    walk.visit(cut * ranking.block, (cut + 1) * ranking.block, [&](const Ranked& piece, int64_t) {
       left -= PQK_DISPATCH(mask_ties, piece, threshold.key, left);
     });
 }
@@ -286,7 +358,7 @@ void magnitude_histogram(const Ranked* tensors, int64_t count, int level, uint32
 void count_ties(const Ranked* tensors, int64_t count, uint32_t threshold, int64_t* ties) {
   const auto key = static_cast<int32_t>(threshold);
   for (int64_t i = 0; i < count; ++i) {
-    const Tally tally = tally_all(Ranking(&tensors[i], 1), key, key);
+    const Tally tally = tally_all<true>(Ranking(&tensors[i], 1), key, key);
     ties[i] = tally.from_high - tally.above_high;
   }
 }
@@ -304,9 +376,10 @@ int64_t topk_mask(const Ranked* tensors, int64_t count, int64_t keep) {
       if (tensors[i].count != 0) std::memset(tensors[i].mask, keep != 0, tensors[i].count);
     return bad;
   }
-  const Threshold threshold = search(ranking, keep);
+  Bracket bracket;
+  const Threshold threshold = search(ranking, keep, &bracket);
   if (threshold.key < 0) return first_not_finite(tensors, count);
-  write_mask(ranking, threshold);
+  bracket.encloses ? write_mask(ranking, threshold, bracket) : write_mask(ranking, threshold);
   return -1;
 }
 

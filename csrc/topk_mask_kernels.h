@@ -151,23 +151,53 @@ void histogram(const Ranked& piece, int level, int32_t prefix, uint32_t* tables)
   });
 }
 
-// Compares at most CHUNK keys with low <= high; collects those strictly between them into between[CHUNK + LANES].
-Tally tally(const Ranked& piece, int32_t low, int32_t high, int32_t* between) {
-  Keys above_high = {}, from_high = {}, from_low = {}, infinite = {};
-  int32_t* end = between;
-  each_vector(piece, [&](int64_t, int, const Keys16& keys) PQK_ALWAYS_INLINE {
-    Keys16 inside;  // negative where low < key < high
+// Adds the keys of a piece to `sums`, low <= high. Appends those strictly between the two to between[CHUNK + LANES],
+// which holds sums->between. With ENDS it looks also for keys that equal low or high. Without, it counts as if there
+// were none, and tells where keys are: those appended by `places`, counted from `place`; those >= high by a bit each.
+template <bool ENDS>
+void tally(const Ranked& piece, int32_t low, int32_t high, int32_t place, int32_t* between, int32_t* places,
+           uint16_t* bits, Tally* sums) {
+  Keys above_high = {}, from_high = {}, from_low = {}, largest = {};
+  Keys16 at = {};
+  for (int lane = 0; lane < LANES; ++lane) at.part[lane / WIDTH][lane % WIDTH] = place + lane;
+  int32_t* end = between + sums->between;
+  each_vector(piece, [&](int64_t i, int, const Keys16& keys) PQK_ALWAYS_INLINE {
+    Keys16 outside, inside;  // negative where key >= high; where low < key < high
     for (int p = 0; p < PARTS; ++p) {
-      const Keys key = keys.part[p], reaches_high = (high - 1) - key;
-      above_high -= key > high;
-      from_high -= key >= high;
-      from_low -= key >= low;
-      infinite |= (INFINITE - 1) - key;
-      inside.part[p] = (low - key) & ~reaches_high;
+      const Keys key = keys.part[p];
+      outside.part[p] = (high - 1) - key;
+      from_high -= outside.part[p] >> 31;
+      inside.part[p] = (low - key) & ~outside.part[p];
+      largest = key > largest ? key : largest;
+      if (ENDS) above_high -= key > high;
+      if (ENDS) from_low -= key >= low;
     }
+    if (!ENDS) bits[i / LANES] = static_cast<uint16_t>(sign_bits(outside));
+    if (!ENDS) append(places + (end - between), at, inside);
     end = append(end, keys, inside);
+    for (int p = 0; p < PARTS; ++p) at.part[p] += LANES;
   });
-  return {sum(above_high), sum(from_high), sum(from_low), end - between, sum(infinite < 0) != 0};
+  const int64_t n = end - between - sums->between, high_on = sum(from_high);
+  sums->above_high += ENDS ? sum(above_high) : high_on;
+  sums->from_high += high_on;
+  sums->from_low += ENDS ? sum(from_low) : high_on + n;
+  sums->between += n;
+  sums->infinite |= sum(largest >= INFINITE) != 0;
+}
+
+// mask[i] = bit i, counted through the elements of `bits`.
+void expand_bits(const uint16_t* bits, uint8_t* mask, int64_t count) {
+  int64_t i = 0;
+#if PQK_ISA == 512
+  for (; i + 64 <= count; i += 64) store_as(mask + i, _mm512_maskz_set1_epi8(load_as<uint64_t>(bits + i / LANES), 1));
+#endif
+  constexpr uint64_t in_every_byte = 0x0101010101010101, one_each = 0x8040201008040201;
+  for (; i < count; i += LANES) {
+    const uint64_t set = bits[i / LANES];
+    const uint64_t eight[2] = {(set & 255) * in_every_byte & one_each, (set >> 8) * in_every_byte & one_each};
+    const i8x16 bytes = (load_as<i8x16>(eight) != 0) & 1;
+    std::memcpy(mask + i, &bytes, std::min<int64_t>(count - i, LANES));
+  }
 }
 
 void copy_keys(const Ranked& piece, int32_t* to) {
