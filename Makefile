@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # The C++ library, built in place; again whenever its sources change.
-$(VENV)/library: $(VENV)/installed setup.py $(wildcard csrc/*)
+$(VENV)/library: $(VENV)/installed setup.py csrc $(wildcard csrc/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
@@ -37,7 +37,7 @@ sanitize: install
 	  $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PQK_FAST_REQUIRE_NATIVE=1 PQK_FAST_LIBRARY=$(SANITIZED)/pqk_fast/_C.abi3.so \
-	  $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py -k 'not opcheck' --capture=no -q
+	  $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py tests/test_batch_norm.py tests/test_dual_forward.py -k 'not opcheck' --capture=no -q
 
 clean:
-	rm -rf build dist *.egg-info pqk_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist *.egg-info pqk_fast/_C*.so $(VENV)/library .pytest_cache .ruff_cache .mypy_cache

@@ -5,6 +5,7 @@ PQK_FAST_BUILD_EXT=0 leaves the library out: operations on the CPU then run in p
 
 import hashlib
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -34,7 +35,8 @@ def extension() -> dict:
             "2.11 or newer first and use pip install --no-build-isolation, or set PQK_FAST_BUILD_EXT=0"
         )
     for name in ("CC", "CXX"):  # setuptools compiles with the first and links with the second
-        compiler = (os.environ.get(name) or sysconfig.get_config_var(name) or "c++").split()[0]
+        words = shlex.split(os.environ.get(name) or sysconfig.get_config_var(name) or "c++")
+        compiler = next(word for word in words if word not in ("ccache", "sccache", "distcc"))
         if shutil.which(compiler) is None:
             sys.exit(
                 f"pqk_fast's C++ library needs a C++17 compiler, and {compiler!r} is not found: install one (apt-get "

@@ -59,10 +59,12 @@ def unpack_int4(numel: int) -> dict[str, Callable[[], Any]]:
 
 def pack_bits(numel: int) -> dict[str, Callable[[], Any]]:
     mask = torch.rand(numel, generator=torch.Generator().manual_seed(0)) < 0.1
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
 
     def eager_bits(values: Tensor) -> Tensor:
-        return (values.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+        packed = values[0::8].clone()
+        for bit in range(1, 8):
+            packed |= values[bit::8] << bit
+        return packed
 
     whole = mask[: numel // 8 * 8].view(torch.uint8)  # whole bytes only
 

@@ -28,9 +28,10 @@ SIZES = {"res8-narrow layer": 3249, "64 k": 1 << 16, "1 M": 1 << 20, "10 M": 10_
 
 def eager(weights: list[Tensor], pruned: int) -> list[Tensor]:
     """The usual way: the magnitude of the last pruned weight, and what lies above it."""
-    magnitude = torch.cat([weight.abs().flatten() for weight in weights])
+    magnitudes = [weight.abs() for weight in weights]
+    magnitude = torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0]
     threshold = magnitude.kthvalue(pruned).values
-    return [weight.abs() > threshold for weight in weights]
+    return [magnitude > threshold for magnitude in magnitudes]
 
 
 def by_numpy(weights: list[Tensor], pruned: int) -> list[np.ndarray]:

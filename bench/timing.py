@@ -62,7 +62,9 @@ def take_turns(
         calls[name] = max(1, int(TURN / once))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
-    while len(times[name]) < rounds[0] or (time.perf_counter() - begin < seconds and len(times[name]) < rounds[1]):
+    for turn in range(rounds[1]):
+        if turn >= rounds[0] and time.perf_counter() - begin > seconds:
+            break
         for name, run in candidates.items():
             run()
             start = time.perf_counter()

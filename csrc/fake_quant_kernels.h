@@ -31,7 +31,7 @@ inline void pass_through(const float* __restrict grad, const float* __restrict w
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i], w = weight[i];
     const int inside = (__builtin_fabsf(scaled(w, mask[i], inverse)) <= q) | any_value;
-    grad_weight[i] = (inside & (mask[i] | any_mask)) ? g : 0.0f;
+    grad_weight[i] = (inside & ((mask[i] != 0) | any_mask)) ? g : 0.0f;
   }
 }
 

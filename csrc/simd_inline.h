@@ -85,8 +85,10 @@ inline const float* as_f32(const void* from, Type type, float* room, int64_t n) 
 inline void stream(const float* from, float* to, int64_t n) {
 #if PQK_ISA == 512
   for (int64_t i = 0; i < n; i += 16) _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
+  _mm_sfence();  // such stores may otherwise be seen after later ones
 #elif PQK_ISA == 2
   for (int64_t i = 0; i < n; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
+  _mm_sfence();
 #else
   std::memcpy(to, from, n * sizeof(float));
 #endif

@@ -365,7 +365,7 @@ void count_ties(const Ranked* tensors, int64_t count, uint32_t threshold, int64_
 
 void mask_at_threshold(const Ranked* tensors, int64_t count, uint32_t threshold, const int64_t* ties_kept) {
   for (int64_t i = 0; i < count; ++i)
-    write_mask(Ranking(&tensors[i], 1), {static_cast<int32_t>(threshold), ties_kept[i], -1});
+    write_mask(Ranking(&tensors[i], 1), {static_cast<int32_t>(threshold), std::max<int64_t>(ties_kept[i], 0), -1});
 }
 
 int64_t topk_mask(const Ranked* tensors, int64_t count, int64_t keep) {

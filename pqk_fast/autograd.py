@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pqk_fast import dispatch
+from pqk_fast import dispatch, reference
 
 Forward = TypeVar("Forward")
 
@@ -56,6 +56,9 @@ class FakeQuant(torch.autograd.Function):
         weight, mask, step = ctx.saved_tensors
         bits, ste, mask_gradients = ctx.options
         need_weight, _, need_step = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            both = reference.fake_quant_backward(grad, weight, mask, step, bits, ste, mask_gradients)
+            return both[0] if need_weight else None, None, both[1] if need_step else None, *[None] * 4
         passed_on = _passed_on(grad, weight, ste, mask_gradients)
         grad_weight: Tensor | None = grad
         grad_step: Tensor | None = None
@@ -96,6 +99,11 @@ class FakeQuantAll(torch.autograd.Function):
         weights, steps, masks = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         needs = ctx.needs_input_grad[5:]
         need_weight, need_step = any(needs[:n]), any(needs[n:])
+        if torch.is_grad_enabled():
+            layers = zip(grads, weights, masks, steps, bits, strict=True)
+            pairs = [reference.fake_quant_backward(*layer, ste, mask_gradients) for layer in layers]
+            every = zip([*(w for w, _ in pairs), *(s for _, s in pairs)], needs, strict=True)
+            return *[None] * 5, *(grad if needed else None for grad, needed in every)
         passed_on = all(_passed_on(g, w, ste, mask_gradients) for g, w in zip(grads, weights, strict=True))
         grad_weights, grad_steps = grads, steps
         if need_step or not passed_on:
@@ -135,6 +143,8 @@ class DualWeights(torch.autograd.Function):
     The step size is a constant.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     @quickly_bound
     def forward(
@@ -151,5 +161,9 @@ class DualWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_student: Tensor, grad_teacher: Tensor) -> tuple[Tensor | None, ...]:
         bits, ste = ctx.options
-        made = dispatch.dual_weight_backward(grad_student, grad_teacher, *ctx.saved_tensors, bits, ste == "clipped")
+        weight, mask, step = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            student, _ = reference.fake_quant_backward(grad_student, weight, mask, step, bits, ste)
+            return torch.where(mask, student, grad_teacher.to(weight.dtype)), *[None] * 5
+        made = dispatch.dual_weight_backward(grad_student, grad_teacher, weight, mask, step, bits, ste == "clipped")
         return made, *[None] * 5

@@ -43,18 +43,25 @@ class _BatchNorm(torch.autograd.Function):
         return *(each if needed else None for each, needed in zip(made, ctx.needs_input_grad, strict=False)), None
 
 
-def _is_ours(x: Tensor) -> bool:
-    """True where the C++ library is the faster one."""
+def _is_ours(x: Tensor, *channels: Tensor | None) -> bool:
+    """True where the C++ library is the faster one. What is unusual, or wrong, is left to torch."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.dim() == 4
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and all(t is None or _fits(t, x.shape[1]) for t in channels)
         and not x.is_contiguous()
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() > x.shape[1]  # else torch says what is wrong
         and not torch.compiler.is_compiling()  # fuses it with what is around
         and native.library().path is not None
     )
+
+
+def _fits(values: Tensor, channels: int) -> bool:
+    return values.dtype == torch.float32 and values.shape == (channels,) and values.is_contiguous()
 
 
 def batch_norm(
@@ -68,7 +75,7 @@ def batch_norm(
     eps: float,
 ) -> Tensor:
     """:func:`torch.nn.functional.batch_norm`, with its arguments, errors and results (to rounding)."""
-    if not training or not _is_ours(x) or (weight is not None and weight.dtype != torch.float32):
+    if not (training and eps > 0 and _is_ours(x, running_mean, running_var, weight, bias)):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     out, mean, variance, _ = _BatchNorm.apply(x, weight, bias, eps)
     with torch.no_grad():

@@ -23,8 +23,8 @@ def _define(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) ->
     name = _LIBRARY.define(schema)
 
     def run(*args: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], list) else args[0]
-        if first.device.type == "cpu":
+        first = next(iter(args[0]), None) if isinstance(args[0], list) else args[0]
+        if first is not None and first.device.type == "cpu":
             native.warn_of_fallback()
         with torch.no_grad():
             return plain(*args)
@@ -165,10 +165,11 @@ def _mask_at_threshold_(masks: list[Tensor], weights: list[Tensor], threshold: T
 
 
 # Both return an int64 []: -1, or the index of the first weight that cannot be ranked; then the masks are as before.
+# Called here, they do not raise the masks' version counters; pqk_fast.selection does.
 topk_mask_ = _define(
     "topk_mask_(Tensor(a!)[] masks, Tensor[] weights, Tensor keep) -> Tensor",
     _topk_mask_,
-    lambda masks, weights, keep: keep.new_empty((), dtype=torch.int64),
+    lambda masks, weights, keep: weights[0].new_empty((), dtype=torch.int64),
 )
 group_mask_ = _define(
     "group_mask_(Tensor(a!) mask, Tensor weight, int keep, int group) -> Tensor",
@@ -270,6 +271,7 @@ def _one_by_one(operation: Any) -> None:
 
 _one_by_one(fake_quant)
 _one_by_one(fake_quant_backward)
+_one_by_one(dual_weight_backward)
 _one_by_one(batch_norm)
 _one_by_one(batch_norm_backward)
 

@@ -21,8 +21,10 @@ class _Feed:
         self.layers = layers
 
     def fill(self, module: nn.Module, args: Any) -> None:
-        # Among many ranks a layer's gradient must not wait for all others', and its weight may be a shard.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Among many ranks a layer's gradient must not wait for all others', and its weight may be a shard. The hooks of
+        # a DataParallel replica are the original's. torch.func has no rule for lists of tensors.
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if ranks or getattr(module, "_is_replica", False) or torch._C._are_functorch_transforms_active():
             return
         groups: dict[Any, list[PQKLayer]] = {}
         for layer in self.layers:
@@ -33,7 +35,7 @@ class _Feed:
             weights, masks, steps, bits, *_ = zip(*(layer.student_arguments() for layer in layers), strict=True)
             made = ops.fake_quant_all(weights, masks, steps, bits, ste, hard)
             for layer, weight in zip(layers, made, strict=True):
-                layer.fed = weight
+                layer.fed = weight, layer.fed_from()
 
     def empty(self, module: nn.Module, args: Any, output: Any) -> None:
         for layer in self.layers:
@@ -45,8 +47,9 @@ def fuse(model: Model) -> Model:
 
     Outputs and gradients stay bit for bit the same, but that a layer which a forward does not use gets a gradient of
     zeros instead of none. Parts of the model that are called by themselves make their weights as before; so does all of
-    it where torch.distributed is in use. Activation checkpointing within the model is refused when it recomputes. A
-    copy or a pickle of the model is fused as well. Calling this again changes nothing.
+    it where torch.distributed or torch.func is in use, and a layer whose weight, mask, step size or phase changes
+    within the forward. Activation checkpointing within the model is refused when it recomputes. A copy or a pickle of
+    the model is fused as well. Calling this again changes nothing.
 
     Raises ValueError for a model without PQK layers.
     """

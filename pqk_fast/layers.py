@@ -14,6 +14,7 @@ whole model by :mod:`pqk_fast.prepare` and :mod:`pqk_fast.branches`. The phase i
 
 from __future__ import annotations
 
+import threading
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -96,7 +97,7 @@ class PQKLayer(TwoPhase):
     weight_mask: Tensor
     weight_step: nn.Parameter
     fused: bool  # see pqk_fast.fusion
-    fed: Tensor | None  # the student's weight for the forward under way, made for all layers at once
+    fed: tuple[Tensor, Any] | None  # the student's weight for the forward under way, and what it was made from
 
     def __init__(self, *args: Any, config: PQKConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -166,6 +167,19 @@ class PQKLayer(TwoPhase):
         step = self.weight_step.detach() if frozen else self.weight_step
         return self.weight, self.weight_mask, step, self.bits, self.config.ste, frozen or self.config.mask_gradients
 
+    def fed_from(self) -> tuple[Any, ...]:
+        """What a weight made before the forward depends on: if any of it has changed, the weight is stale."""
+        learns = torch.is_grad_enabled() and (self.weight.requires_grad or self.weight_step.requires_grad)
+        common = (learns, ops.output_dtype(self.weight), self.phase)
+        if torch.compiler.is_compiling():
+            return common
+        tensors = (self.weight, self.weight_mask, self.weight_step)
+        return *common, threading.get_ident(), *((id(t), -1 if t.is_inference() else t._version) for t in tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what an interrupted forward may have left, which could be neither copied nor pickled."""
+        return {**self.__dict__, "fed": None}
+
     def full_weight(self) -> Tensor:
         """The teacher's weight: latent, or with its kept part quantized; its gradient reaches pruned weights only."""
         how = self.config.teacher_weights
@@ -182,7 +196,7 @@ class PQKLayer(TwoPhase):
                 'it ran in is no longer set: run forward and backward inside `with branch(model, "stacked")` (or '
                 '"student") in phase 2'
             )
-        if self.fused:
+        if self.fused and self.fed is None:
             raise RuntimeError(
                 "a prepared layer was computed again during backward (activation checkpointing), when the weight that "
                 "fuse(model) made for it is gone: call unfuse(model)"
@@ -190,10 +204,8 @@ class PQKLayer(TwoPhase):
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         if self.branch == "student":
-            # What was made before the forward serves unless autocast or grad mode has changed since.
-            fed, learns = self.fed, torch.is_grad_enabled() and self.weight.requires_grad
-            fits = fed is not None and fed.dtype == ops.output_dtype(self.weight) and (fed.requires_grad or not learns)
-            return fed if fed is not None and fits else self.student_weight(), self.bias
+            fed = self.fed
+            return fed[0] if fed and fed[1] == self.fed_from() else self.student_weight(), self.bias
         # Biases follow the student's loss alone.
         return self.full_weight(), None if self.bias is None else self.bias.detach()
 

@@ -64,11 +64,13 @@ def build_of(path: Path) -> dict[str, str]:
 
 def sources_digest(folder: Path) -> str | None:
     """The digest that ``setup.py`` builds in, of the sources beside the package; None where there are none."""
+    if not (folder / "library.cpp").is_file():
+        return None
     files = sorted(folder.glob("*.[ch]*"))
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16] if files else None
+    return digest.hexdigest()[:16]
 
 
 def _candidates() -> list[Path]:
@@ -88,7 +90,7 @@ def load() -> Library:
     expected = sources_digest(PACKAGE.parent / "csrc")
     for path in _candidates():
         if not path.is_file():
-            problem = f"there is no file {path}; {REMEDY}"
+            problem = f"there is no file {path} (from PQK_FAST_LIBRARY); {REMEDY}"
             continue
         build = build_of(path)
         made = ", ".join(f"{name} {value}" for name, value in build.items()) or "it does not say what"

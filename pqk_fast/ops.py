@@ -81,7 +81,7 @@ def _check_quantizer(weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste:
 def output_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     """What :func:`fake_quant` gives: ``dtype``, or the autocast dtype of the weight's device, or the weight's own."""
     if dtype is not None:
-        if not dtype.is_floating_point:
+        if dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype must be floating point (fp32, bf16 or fp16), got {dtype}")
         return dtype
     device = weight.device.type

@@ -47,6 +47,10 @@ def _check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"masks[{index}] must be bool of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)):
+            raise ValueError(
+                f"masks[{index}] has several elements in one place (expand): it cannot be written; use mask.clone()"
+            )
 
 
 def _changed(masks: Sequence[Tensor]) -> None:

@@ -45,7 +45,7 @@ def poisoned_memory() -> Iterator[None]:
     Memory that C++ takes past torch.empty holds bytes of 0x7f (3.4e38 as fp32), where the C library is glibc.
     """
     perturb = partial(ctypes.CDLL(None).mallopt, -6) if platform.libc_ver()[0] == "glibc" else lambda _: 1
-    assert perturb(0x80) == 1
+    assert perturb(0x80) == 1 or "libasan" in os.environ["LD_PRELOAD"]  # which fills memory itself
     algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

@@ -156,3 +156,37 @@ def test_raw_backward_calls_stay_within_memory(position: int) -> None:
     args[position] = args[position][:1]
     with pytest.raises(RuntimeError, match="must be"):
         dispatch.batch_norm_backward(*args)
+
+
+CL = activations((3, 5, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ((CL, None, None, torch.ones(5), None, True, 0.1, -1.0), ValueError),
+        ((CL, torch.zeros(4), torch.ones(4), None, None, True, 0.1, 1e-5), RuntimeError),
+        ((CL, None, None, torch.ones(10)[::2], None, True, 0.1, 1e-5), None),
+        ((CL, None, None, torch.ones(1).expand(5), None, True, 0.1, 1e-5), None),
+    ],
+    ids=["negative eps", "size", "strided weight", "expanded weight"],
+)
+def test_what_is_unusual_is_left_to_torch(args: tuple, error: type[Exception] | None) -> None:
+    if error is None:
+        assert torch.equal(batch_norm(*args), F.batch_norm(*args))
+        return
+    with pytest.raises(error) as ours:
+        batch_norm(*args)
+    with pytest.raises(error) as torchs:
+        F.batch_norm(*args)
+    assert str(ours.value) == str(torchs.value)
+
+
+def test_transforms_and_forward_mode_are_torchs() -> None:
+    def function(x: Tensor) -> Tensor:
+        return batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+
+    _, ours = torch.func.jvp(function, (CL,), (CL + 1,))
+    assert ours.isfinite().all()
+    stacked = torch.stack([CL, 2 * CL])
+    assert torch.vmap(function)(stacked).shape == stacked.shape

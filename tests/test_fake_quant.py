@@ -199,3 +199,39 @@ def test_teacher_weight(case: Case, dtype: torch.dtype, teacher_weights: str, de
     out.backward(grad)
     assert torch.equal(w.grad, torch.where(mask, torch.zeros_like(grad), grad))
     assert s.grad is None
+
+
+@pytest.mark.parametrize(("ste", "mask_gradients"), STE)
+def test_gradients_of_gradients(ste: str, mask_gradients: bool) -> None:
+    """A Hessian-vector product of sum(wbar^3), by hand: 6 wbar where the estimator passes both times."""
+    weight, mask, step = (
+        torch.tensor([0.9, -0.3, 0.4, 5.0]),
+        torch.tensor([True, True, False, True]),
+        torch.tensor([0.3]),
+    )
+    w = weight.clone().requires_grad_()
+    for make in (
+        lambda: ops.fake_quant(w, mask, step, 4, ste, mask_gradients),
+        lambda: ops.fake_quant_all([w], [mask], [step], 4, ste, mask_gradients)[0],
+    ):
+        out = make()
+        (first,) = torch.autograd.grad(out.pow(3).sum(), w, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), w)
+        passes = torch.tensor([True, True, not mask_gradients, ste == "identity"])
+        torch.testing.assert_close(second, torch.where(passes, 6 * out.detach(), 0.0))
+        torch.testing.assert_close(first.detach(), torch.where(passes, 3 * out.detach().square(), 0.0))
+
+
+def test_any_nonzero_byte_of_a_mask_keeps() -> None:
+    mask = torch.tensor([0, 1, 2, 128], dtype=torch.uint8).view(torch.bool)
+    w = torch.tensor([0.5, 0.5, 0.5, 0.5], requires_grad=True)
+    out = ops.fake_quant(w, mask, torch.tensor([0.5]), 4, mask_gradients=True)
+    out.sum().backward()
+    assert out.tolist() == w.grad.mul(0.5).tolist() == [0.0, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_other_floating_dtypes_are_refused(dtype: torch.dtype) -> None:
+    weight, mask, step = quantizer_inputs(Case((3,)))
+    with pytest.raises(TypeError, match=r"dtype must be floating point \(fp32, bf16 or fp16\), got"):
+        ops.fake_quant(weight, mask, step, 4, dtype=dtype)

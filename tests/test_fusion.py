@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -244,3 +245,70 @@ def test_compiles() -> None:
 def test_an_unprepared_model_is_refused() -> None:
     with pytest.raises(ValueError, match="has no PQK layers"):
         pqk.fuse(nn.Linear(2, 2))
+
+
+def test_what_changes_within_the_forward_is_not_fed() -> None:
+    """The layer's own weight, a replacement by functional_call, and a forward that was interrupted."""
+    model = pqk.fuse(prepared())
+
+    def change(run: Callable, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.first.weight.zero_()
+        return run(x)
+
+    model.around = change
+    with Calls() as calls, torch.no_grad():
+        expected = model.second.bias + 0 * model(X)
+    assert calls.names == ["fake_quant_all", "fake_quant", "fake_quant"]  # first and second share their weight
+    model.around = lambda run, x: run(x)
+    with torch.no_grad():
+        relu = F.relu(model.first.bias)
+        assert torch.allclose(expected, model.second(relu).expand_as(expected), atol=1e-6)
+
+    model = pqk.fuse(prepared())
+    ones = {"weight": torch.ones_like(model.first.weight)}
+    model.around = lambda run, x: torch.func.functional_call(model.first, ones, x)
+    plain = pqk.unfuse(copy.deepcopy(model))
+    plain.around = lambda run, x: torch.func.functional_call(plain.first, ones, x)
+    assert torch.equal(model(X), plain(X))
+
+    def interrupt(run: Callable, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    model.around = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    del model.around
+    twin = copy.deepcopy(model)
+    assert held(twin) == [False] * 3
+    with torch.no_grad():
+        model.first.weight.zero_()
+    assert torch.equal(model.first(torch.ones(1, 8))[0], model.first.bias)
+
+
+def test_threads_do_not_get_each_others_graph() -> None:
+    model = pqk.fuse(prepared())
+    outs: list[Tensor] = []
+    other = threading.Thread(target=lambda: outs.append(model.first(torch.ones(1, 8))))
+
+    def meanwhile(run: Callable, x: Tensor) -> Tensor:
+        with Calls():
+            other.start()
+            other.join()
+        return run(x)
+
+    model.around = meanwhile
+    out = model(X)
+    out.sum().backward()
+    outs[0].sum().backward()  # a graph of its own
+
+
+def test_transforms_make_their_own() -> None:
+    model = pqk.fuse(prepared())
+    params = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model.eval(), params, x[None]).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, X)
+    assert per_sample["first.weight"].shape == (4, 8, 8)

@@ -117,8 +117,22 @@ def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
     """Someone changed csrc/ and did not build: what runs must be what is read."""
     shutil.copytree(ROOT / "pqk_fast", tmp_path / "pqk_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "changed.cpp").write_text("int changed;\n")
+    (tmp_path / "csrc" / "library.cpp").write_text("int changed;\n")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{PROGRAM}"
     done = run(program, PQK_FAST_LIBRARY=str(native.library().path))
     assert done.stdout.startswith("None\n")
     assert re.search(r"was built from other sources \(sources \w{16}, .* than those beside this package", done.stderr)
+
+
+def test_setup_and_the_package_agree_on_the_sources() -> None:
+    """They compute the digest apart, because building must not import the package."""
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("runs from an installed package, which has no sources")
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.sources_digest())"
+    done = run(code, PQK_FAST_BUILD_EXT="0")
+    assert done.stdout.strip() == native.sources_digest(ROOT / "csrc")
+
+
+def test_a_folder_named_csrc_of_someone_else_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "other.cpp").write_text("int other;\n")
+    assert native.sources_digest(tmp_path) is None

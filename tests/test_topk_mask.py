@@ -252,3 +252,13 @@ def test_the_steps_of_a_sharded_selection_are_the_references(dtype: torch.dtype)
         ops.magnitude_histogram(weights, 3, torch.tensor(0))
     with pytest.raises(ValueError, match=r"one count for each weight, \[3\], got \(2,\)"):
         ops.mask_at_threshold_(masks, weights, threshold, torch.tensor([1, 2]))
+
+
+def test_ties_below_zero_keep_none_and_masks_that_overlap_are_refused() -> None:
+    weight, mask = torch.tensor([1.0, 1.0, 1.0, 2.0]), torch.zeros(4, dtype=torch.bool)
+    ops.mask_at_threshold_([mask], [weight], reference.magnitude_key(weight)[0], torch.tensor([-1]))
+    assert mask.tolist() == [False, False, False, True]
+    first = torch.zeros(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"masks\[1\] has several elements in one place \(expand\).*mask.clone\(\)"):
+        ops.topk_mask_([first, mask[:1].expand(4)], [torch.ones(2), weight], 3)
+    assert not first.any()
