@@ -9,7 +9,7 @@ torch.compile of the same equations. Then all layers of res8-narrow at once.
 Phase 1 takes the identity estimator: the weight's gradient is the incoming one, and a weight moves 18 bytes (forward
 reads 4 + 1 for the mask and writes 4, backward reads 4 for the gradient + 4 + 1). "clipped" is LSQ's estimator with the
 gradient masked, which writes 4 more. The share of the roof is these bytes a second against those of torch's copy of
-256 MiB, before and after the rounds.
+256 MiB in the same rounds.
 """
 
 from __future__ import annotations

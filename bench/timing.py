@@ -2,7 +2,7 @@
 
 Candidates are called in rounds, each in its turn, so that a busy machine slows all of them alike. A turn is one call
 that is not timed, so that each finds the caches as it leaves them, and then as many as take 10 ms: their mean counts.
-Given are the median of the turns and the quartiles. The roof is torch's copy of 256 MiB, before and after the rounds.
+Given are the median of the turns and the quartiles. The roof is torch's copy of 256 MiB in the same rounds.
 Memory is recycled (see pqk_fast.allocator): otherwise page faults would be timed.
 """
 
@@ -50,7 +50,7 @@ class Timing:
 
 
 def take_turns(
-    candidates: dict[str, Callable[[], Any]], seconds: float = 6.0, rounds: tuple[int, int] = (15, 400)
+    candidates: dict[str, Callable[[], Any]], seconds: float = 6.0, rounds: tuple[int, int] = (11, 400)
 ) -> dict[str, Timing]:
     """Time every candidate in turn; about ``seconds`` for all together, within so many rounds."""
     calls = {}
@@ -74,24 +74,11 @@ def take_turns(
     return {name: Timing.of(values) for name, values in times.items()}
 
 
-class Roof:
-    """Bytes a second that torch's copy moves (read and written) on all its threads, as long as it is measured."""
-
-    def __init__(self) -> None:
-        self._source = torch.ones(ROOF_BYTES // 4)
-        self._target = torch.empty_like(self._source)
-        self._seconds: list[float] = []
-
-    def measure(self, calls: int = 8) -> None:
-        self._target.copy_(self._source)
-        for _ in range(calls):
-            start = time.perf_counter()
-            self._target.copy_(self._source)
-            self._seconds.append(time.perf_counter() - start)
-
-    @property
-    def bytes_per_second(self) -> float:
-        return 2 * ROOF_BYTES / statistics.median(self._seconds)
+def copy_of_roof_bytes() -> Callable[[], Any]:
+    """torch's copy of ``ROOF_BYTES`` on all its threads, which are read and written."""
+    source = torch.ones(ROOF_BYTES // 4)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 class Report:
@@ -117,14 +104,11 @@ class Report:
         if self.options.only not in name:
             return
         torch.compiler.reset()
-        candidates = make()
-        roof = Roof()
-        roof.measure()
-        times = take_turns(candidates, self.options.seconds)
-        roof.measure()
-        row: dict[str, Any] = {"numel": numel, "bytes": int(moved), "roof_gb_s": round(roof.bytes_per_second / 1e9, 2)}
+        times = take_turns({**make(), "copy": copy_of_roof_bytes()}, self.options.seconds)
+        roof = 2 * ROOF_BYTES / (times.pop("copy").median / 1e3)
+        row: dict[str, Any] = {"numel": numel, "bytes": int(moved), "roof_gb_s": round(roof / 1e9, 2)}
         for candidate, timing in times.items():
-            share = moved / (timing.median / 1e3) / roof.bytes_per_second
+            share = moved / (timing.median / 1e3) / roof
             ratio = timing.median / times["pqk_fast"].median
             row[candidate] = timing.as_json() | {"of_roof": round(share, 3), "ratio": round(ratio, 2)}
         self.cases[name] = row
