@@ -57,6 +57,29 @@ def test_compiles_as_one_graph(operation: Callable[..., Tensor]) -> None:
         assert expected is None or torch.equal(value, expected)
 
 
+def test_selection_and_packing_compile_as_one_graph() -> None:
+    weights = [normal_like(torch.empty(12, 8), seed) for seed in (1, 2)]
+    masks = [torch.empty(12, 8, dtype=torch.bool) for _ in weights]
+
+    def every(k: Tensor) -> list[Tensor]:
+        ops.topk_mask_(masks, weights, k)
+        group = ops.group_mask(weights[0], 2, 4)
+        q = (weights[0] * 3).to(torch.int8)
+        packed, bits = ops.pack_ints(q, 5), ops.pack_bits(group)
+        return [
+            masks[0].clone(), masks[1].clone(), group, packed, bits,
+            ops.unpack_ints(packed, q.numel(), 5), ops.unpack_bits(bits, group.numel()),
+            ops.magnitude_histogram(weights, 0, k * 0), ops.tie_counts(weights, k * 0),
+        ]  # fmt: skip
+
+    torch.compiler.reset()
+    compiled = torch.compile(every, fullgraph=True, backend="aot_eager")
+    for kept in (20, 150):
+        for value, expected in zip(compiled(torch.tensor(kept)), every(torch.tensor(kept)), strict=True):
+            assert torch.equal(value, expected)
+        assert sum(int(mask.sum()) for mask in masks) == kept
+
+
 W, M, S = quantizer_inputs(Case((4, 3)))
 X = torch.zeros(2, 3)
 BYTES = torch.zeros(2, dtype=torch.uint8)
