@@ -26,13 +26,14 @@ class _Feed:
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         if ranks or getattr(module, "_is_replica", False) or torch._C._are_functorch_transforms_active():
             return
-        groups: dict[Any, list[PQKLayer]] = {}
+        groups: dict[Any, list[Any]] = {}
         for layer in self.layers:
             if layer.branch == "student":
-                *_, ste, hard = layer.student_arguments()
-                groups.setdefault((layer.weight.dtype, layer.weight.device, ste, hard), []).append(layer)
-        for (*_, ste, hard), layers in groups.items():
-            weights, masks, steps, bits, *_ = zip(*(layer.student_arguments() for layer in layers), strict=True)
+                *arguments, ste, hard = layer.student_arguments()
+                kind = (layer.weight.dtype, layer.weight.device, ste, hard)
+                groups.setdefault(kind, []).append((layer, *arguments))
+        for (*_, ste, hard), group in groups.items():
+            layers, weights, masks, steps, bits = zip(*group, strict=True)
             made = ops.fake_quant_all(weights, masks, steps, bits, ste, hard)
             for layer, weight in zip(layers, made, strict=True):
                 layer.fed = weight, layer.fed_from()
