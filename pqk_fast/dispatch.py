@@ -1,8 +1,9 @@
 """The operations as torch's dispatcher knows them: schema, shapes for tracing, and one implementation a device.
 
 What stands here runs on any device, in plain PyTorch by :mod:`pqk_fast.reference`; the C++ library registers itself for
-the CPU on top. Nothing here knows gradients (:mod:`pqk_fast.autograd` does) or explains bad input (:mod:`pqk_fast.ops`
-does); the C++ functions check again what they need to stay within memory.
+the CPU on top, and :mod:`pqk_fast.gpu` knows the Triton kernels for CUDA. Nothing here knows gradients
+(:mod:`pqk_fast.autograd` does) or explains bad input (:mod:`pqk_fast.ops` does); the C++ functions check again what
+they need to stay within memory.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk_fast import native, reference
+from pqk_fast import gpu, native, reference
 
 _LIBRARY = torch.library.Library("pqk_fast", "DEF")
 
 
-def _define(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operation by its schema, its implementation in plain PyTorch and its fake; gives the operation."""
+def define(
+    schema: str, plain: Callable[..., Any], fake: Callable[..., Any], fuses: Callable[..., bool] = lambda *_: True
+) -> Any:
+    """Define an operation by its schema, its implementation in plain PyTorch and its fake; gives the operation.
+
+    ``fuses`` says for which arguments the Triton kernel, where there is one, is the better way.
+    """
     name = _LIBRARY.define(schema)
 
     def run(*args: Any) -> Any:
@@ -29,7 +35,15 @@ def _define(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) ->
         with torch.no_grad():
             return plain(*args)
 
+    def run_on_gpu(*args: Any) -> Any:
+        launcher = gpu.launcher(name)
+        with torch.no_grad():
+            return launcher(*args) if launcher and fuses(*args) else plain(*args)
+
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    if name in gpu.LAUNCHERS:
+        interpreted = gpu.interpreted() and native.library().path is None
+        _LIBRARY.impl(name, run_on_gpu, "CPU" if interpreted else "CUDA")
     torch.library.register_fake(f"pqk_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.pqk_fast, name).default
 
@@ -93,27 +107,27 @@ def _only_needed(every: Callable[..., list[Any]]) -> Callable[..., tuple[list[Te
     return split
 
 
-fake_quant = _define(
+fake_quant = define(
     "fake_quant(Tensor weight, Tensor mask, Tensor step, int bits, ScalarType dtype) -> Tensor",
     _fake_quant,
     _fake_quant_shape,
 )
 
 # Gradients that are not needed come back as an empty tensor, or list.
-fake_quant_backward = _define(
+fake_quant_backward = define(
     "fake_quant_backward(Tensor grad, Tensor weight, Tensor mask, Tensor step, int bits, bool clipped, "
     "bool mask_gradients, bool need_weight, bool need_step) -> (Tensor, Tensor)",
     _backward,
     _backward_shape,
 )
 
-fake_quant_all = _define(
+fake_quant_all = define(
     "fake_quant_all(Tensor[] weights, Tensor[] masks, Tensor[] steps, int[] bits, ScalarType dtype) -> Tensor[]",
     _for_each_layer(_fake_quant, 4),
     _for_each_layer(_fake_quant_shape, 4),
 )
 
-fake_quant_all_backward = _define(
+fake_quant_all_backward = define(
     "fake_quant_all_backward(Tensor[] grads, Tensor[] weights, Tensor[] masks, Tensor[] steps, int[] bits, "
     "bool clipped, bool mask_gradients, bool need_weight, bool need_step) -> (Tensor[], Tensor[])",
     _only_needed(_for_each_layer(_backward, 5)),
@@ -135,7 +149,7 @@ def _dual_weight_backward(
     return _laid_out(torch.where(mask, student, grad_teacher.to(weight.dtype)), weight)
 
 
-dual_weight_backward = _define(
+dual_weight_backward = define(
     "dual_weight_backward(Tensor grad_student, Tensor grad_teacher, Tensor weight, Tensor mask, Tensor step, "
     "int bits, bool clipped) -> Tensor",
     _dual_weight_backward,
@@ -166,29 +180,29 @@ def _mask_at_threshold_(masks: list[Tensor], weights: list[Tensor], threshold: T
 
 # Both return an int64 []: -1, or the index of the first weight that cannot be ranked; then the masks are as before.
 # Called here, they do not raise the masks' version counters; pqk_fast.selection does.
-topk_mask_ = _define(
+topk_mask_ = define(
     "topk_mask_(Tensor(a!)[] masks, Tensor[] weights, Tensor keep) -> Tensor",
     _topk_mask_,
     lambda masks, weights, keep: weights[0].new_empty((), dtype=torch.int64),
 )
-group_mask_ = _define(
+group_mask_ = define(
     "group_mask_(Tensor(a!) mask, Tensor weight, int keep, int group) -> Tensor",
     _group_mask_,
     lambda mask, weight, keep, group: mask.new_empty((), dtype=torch.int64),
 )
 
 # The steps of topk_mask_ for weights that are spread over processes; see ops.topk_threshold.
-magnitude_histogram = _define(
+magnitude_histogram = define(
     "magnitude_histogram(Tensor[] weights, int level, Tensor prefix) -> Tensor",
     reference.magnitude_histogram,
     lambda weights, level, prefix: prefix.new_empty(2 ** reference.RADIX_BITS[level], dtype=torch.int64),
 )
-tie_counts = _define(
+tie_counts = define(
     "tie_counts(Tensor[] weights, Tensor threshold) -> Tensor",
     reference.tie_counts,
     lambda weights, threshold: threshold.new_empty(len(weights), dtype=torch.int64),
 )
-mask_at_threshold_ = _define(
+mask_at_threshold_ = define(
     "mask_at_threshold_(Tensor(a!)[] masks, Tensor[] weights, Tensor threshold, Tensor ties_kept) -> ()",
     _mask_at_threshold_,
     lambda masks, weights, threshold, ties_kept: None,
@@ -211,14 +225,14 @@ def _bytes_of(values: Tensor, bits: int = 1) -> Tensor:
 
 
 # q: int8. The layout is documented in reference.pack_ints and csrc/int4.h.
-pack_ints = _define("pack_ints(Tensor q, int bits) -> Tensor", _pack_ints, _bytes_of)
-unpack_ints = _define(
+pack_ints = define("pack_ints(Tensor q, int bits) -> Tensor", _pack_ints, _bytes_of)
+unpack_ints = define(
     "unpack_ints(Tensor packed, int numel, int bits) -> Tensor",
     reference.unpack_ints,
     lambda packed, numel, bits: packed.new_empty(numel, dtype=torch.int8),
 )
-pack_bits = _define("pack_bits(Tensor mask) -> Tensor", reference.pack_bits, _bytes_of)
-unpack_bits = _define(
+pack_bits = define("pack_bits(Tensor mask) -> Tensor", reference.pack_bits, _bytes_of)
+unpack_bits = define(
     "unpack_bits(Tensor packed, int numel) -> Tensor",
     reference.unpack_bits,
     lambda packed, numel: packed.new_empty(numel, dtype=torch.bool),
@@ -241,25 +255,25 @@ def _batch_norm_backward(
 
 # x: fp32 [B, C, ...]; the statistics fp32 [C]; the variance is the biased one. For channels_last on the CPU, where
 # torch's own takes two to four times as long as for contiguous tensors.
-batch_norm = _define(
+batch_norm = define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _batch_norm,
     lambda x, weight, bias, eps: (torch.empty_like(x), *(x.new_empty(x.shape[1]) for _ in range(3))),
 )
-batch_norm_backward = _define(
+batch_norm_backward = define(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
     _batch_norm_backward,
     lambda grad, x, weight, mean, rstd: (torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)),
 )
 
 
-def _one_by_one(operation: Any) -> None:
+def one_by_one(operation: Any) -> None:
     """What torch.vmap does with an operation: call it for each sample."""
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         inputs = list(zip(args, in_dims, strict=True))
         outs = [
-            operation(*(arg if dim is None else arg.select(dim, index) for arg, dim in inputs))
+            operation(*(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in inputs))
             for index in range(info.batch_size)
         ]
         if isinstance(outs[0], Tensor):
@@ -269,10 +283,10 @@ def _one_by_one(operation: Any) -> None:
     torch.library.register_vmap(operation, batched, lib=_LIBRARY)
 
 
-_one_by_one(fake_quant)
-_one_by_one(fake_quant_backward)
-_one_by_one(dual_weight_backward)
-_one_by_one(batch_norm)
-_one_by_one(batch_norm_backward)
+one_by_one(fake_quant)
+one_by_one(fake_quant_backward)
+one_by_one(dual_weight_backward)
+one_by_one(batch_norm)
+one_by_one(batch_norm_backward)
 
 native.library()

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from pqk_fast import gpu
+
 PACKAGE = Path(__file__).parent
 REMEDY = "build it with: pip install --no-build-isolation --no-deps -e . (or reinstall pqk-fast)"
 
@@ -150,7 +152,7 @@ def backends() -> list[Backend]:
     cpu = ("C++", "") if found.path else ("PyTorch", "the C++ library is not used")
     table = [Backend(operation, "cpu", *cpu) for operation in OPERATIONS]
     if torch.cuda.is_available():
-        cuda = ("PyTorch", "this version has no Triton kernels yet")
+        cuda = ("Triton", "") if not gpu.problem() else ("PyTorch", gpu.problem())
         table += [Backend(operation, "cuda", *cuda) for operation in OPERATIONS]
     return table
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pqk_fast import dispatch, reference
-from pqk_fast.autograd import DualWeights, FakeQuant, FakeQuantAll, PrunedOnly
+from pqk_fast.autograd import FakeQuant, FakeQuantAll, PrunedOnly
 from pqk_fast.config import check_bits, check_choice
+from pqk_fast.dual_forward import DualConv2d, DualLinear
 from pqk_fast.packing import pack_bits, pack_int4, pack_ints, unpack_bits, unpack_int4, unpack_ints
 from pqk_fast.reference import WEIGHT_DTYPES
 from pqk_fast.selection import (
@@ -166,27 +167,22 @@ def teacher_weight(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teache
     return torch.where(mask, quantized, full)
 
 
-def _dual_weights(
-    weight: Tensor, mask: Tensor, step: Tensor, bits: int, teacher_weights: str, ste: str
-) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's weight of phase 2: S frozen, gradients to complementary sets (Eqs 11, 12)."""
-    _check_quantizer(weight, mask, step, bits, ste)
-    check_choice("teacher_weights", teacher_weights, reference.TEACHER_WEIGHTS)
-    student, teacher = DualWeights.apply(weight, mask, step.detach(), bits, ste, output_dtype(weight))
-    if teacher_weights == "shared":
-        quantized = dispatch.fake_quant(weight.detach(), mask, step.detach(), bits, weight.dtype)
-        teacher = torch.where(mask, quantized, teacher)
-    return student, teacher
-
-
-def _halves(x: Tensor, shape: str, fits: bool) -> tuple[Tensor, Tensor]:
+def _dual_input(x: Tensor, weight: Tensor, shape: str, fits: bool) -> Tensor:
+    """``x`` in the dtype of the products, if it has two halves; its dtype must be the weight's without autocast."""
     if not fits or x.shape[0] % 2:
         raise ValueError(
             f"x must be {shape}, student rows first, then as many teacher rows; got {tuple(x.shape)}; "
             "stack it with torch.cat([x_student, x_teacher])"
         )
-    student, teacher = x.chunk(2) if x.shape[0] else (x, x)
-    return student, teacher
+    dtype = output_dtype(weight)
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the weight's dtype {weight.dtype}, got {x.dtype}; use autocast, or x.to(weight)")
+    return x.to(dtype)
+
+
+def _check_dual(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teacher_weights: str, ste: str) -> None:
+    _check_quantizer(weight, mask, step, bits, ste)
+    check_choice("teacher_weights", teacher_weights, reference.TEACHER_WEIGHTS)
 
 
 def dual_linear(
@@ -207,10 +203,14 @@ def dual_linear(
 
     Raises ValueError for an odd number of rows and as :func:`fake_quant` does.
     """
-    x_student, x_teacher = _halves(x, "[2B, ..., in]", x.dim() >= 2)
-    student, teacher = _dual_weights(weight, mask, step, bits, teacher_weights, ste)
-    bias_teacher = None if bias is None else bias.detach()
-    return torch.cat([F.linear(x_student, student, bias), F.linear(x_teacher, teacher, bias_teacher)])
+    _check_dual(weight, mask, step, bits, teacher_weights, ste)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out, in], got {tuple(weight.shape)}")
+    ins = weight.shape[1]
+    x = _dual_input(x, weight, f"[2B, ..., {ins}]", x.dim() >= 2 and x.shape[-1] == ins)
+    constants = (mask, step.detach(), bits, ste, teacher_weights == "shared")
+    out: Tensor = DualLinear.apply(x.flatten(0, -2), weight, bias, *constants)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def dual_conv2d(
@@ -228,8 +228,26 @@ def dual_conv2d(
     ste: str = "identity",
 ) -> Tensor:
     """:func:`dual_linear` for convolution: ``x [2B, C_in, H, W]``, ``weight [C_out, C_in / groups, kh, kw]``."""
-    x_student, x_teacher = _halves(x, "[2B, C, H, W]", x.dim() == 4)
-    student, teacher = _dual_weights(weight, mask, step, bits, teacher_weights, ste)
-    bias_teacher = None if bias is None else bias.detach()
-    shape: Any = (stride, padding, dilation, groups)
-    return torch.cat([F.conv2d(x_student, student, bias, *shape), F.conv2d(x_teacher, teacher, bias_teacher, *shape)])
+    _check_dual(weight, mask, step, bits, teacher_weights, ste)
+    if weight.dim() != 4 or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight must be [C_out, C_in / groups, kh, kw] with C_out a multiple of groups, got {tuple(weight.shape)} "
+            f"and groups={groups}"
+        )
+    channels = weight.shape[1] * groups
+    x = _dual_input(x, weight, f"[2B, {channels}, H, W]", x.dim() == 4 and x.shape[1] == channels)
+    steps, spread = _pair(stride), _pair(dilation)
+    around = [0, 0]
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
+        around = [t // 2 for t in total]
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    elif padding != "valid":
+        around = _pair(padding)
+    constants = (mask, step.detach(), bits, ste, teacher_weights == "shared")
+    out: Tensor = DualConv2d.apply(x, weight, bias, *constants, steps, around, spread, groups)
+    return out
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)

@@ -1,6 +1,6 @@
 """Fixtures for all tests.
 
-What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,NATIVE,PACKAGES}=1 makes it a failure.
+What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,INTERPRETER,NATIVE,PACKAGES}=1 makes it a failure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from cases import required
 from hypothesis import settings
 
-from pqk_fast import native
+from pqk_fast import gpu, native
 
 settings.register_profile("pqk_fast", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("pqk_fast")
@@ -27,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if torch.cuda.is_available():
         torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are compared in fp32
+    if gpu.interpreted() and not gpu.problem():
+        import interpreter
+
+        interpreter.mend()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

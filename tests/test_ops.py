@@ -145,16 +145,17 @@ def test_lists_of_other_lengths_are_refused(counts: tuple[int, int, int, int]) -
 @pytest.mark.parametrize(
     ("operation", "x", "message"),
     [
-        ("dual_linear", torch.zeros(5, 3), r"must be \[2B, \.\.\., in\], .* got \(5, 3\); .*torch.cat"),
-        ("dual_linear", torch.zeros(4), r"must be \[2B, \.\.\., in\], .* got \(4,\)"),
-        ("dual_conv2d", torch.zeros(3, 3, 5, 5), r"must be \[2B, C, H, W\], .* got \(3, 3, 5, 5\)"),
-        ("dual_conv2d", torch.zeros(2, 2, 3, 5, 5), r"must be \[2B, C, H, W\], .* got \(2, 2, 3, 5, 5\)"),
-        ("dual_conv2d", torch.zeros(2, 5, 5), r"must be \[2B, C, H, W\], .* got \(2, 5, 5\)"),
+        ("dual_linear", torch.zeros(5, 3), r"must be \[2B, \.\.\., 3\], .* got \(5, 3\); .*torch.cat"),
+        ("dual_linear", torch.zeros(4), r"must be \[2B, \.\.\., 3\], .* got \(4,\)"),
+        ("dual_conv2d", torch.zeros(3, 3, 5, 5), r"must be \[2B, 3, H, W\], .* got \(3, 3, 5, 5\)"),
+        ("dual_conv2d", torch.zeros(2, 2, 3, 5, 5), r"must be \[2B, 3, H, W\], .* got \(2, 2, 3, 5, 5\)"),
+        ("dual_conv2d", torch.zeros(2, 5, 5), r"must be \[2B, 3, H, W\], .* got \(2, 5, 5\)"),
     ],
 )
 def test_what_cannot_be_halved_is_refused(operation: str, x: Tensor, message: str) -> None:
+    kernel = (W, M) if operation == "dual_linear" else (W[..., None, None], M[..., None, None])
     with pytest.raises(ValueError, match=message):
-        getattr(ops, operation)(x, W, M, S, 4)
+        getattr(ops, operation)(x, *kernel, S, 4)
 
 
 MASKS = [torch.ones(4, 3, dtype=torch.bool)]

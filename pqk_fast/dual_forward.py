@@ -1,0 +1,321 @@
+"""Student and teacher products of phase 2 as one operation each way, with their gradients.
+
+Defined here for any device: the student's weight is made, and the two halves of the batch are multiplied into one
+output. On a GPU a Triton kernel does all of it in one launch where that is the faster way
+(:mod:`pqk_fast.triton_kernels.launch` says where).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pqk_fast import dispatch
+from pqk_fast.autograd import DualWeights, quickly_bound
+from pqk_fast.triton_kernels import launch
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = x.shape[0] // 2
+    return x[:half], x[half:]
+
+
+def _weights(
+    weight: Tensor, mask: Tensor, step: Tensor, bits: int, shared: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's weight in ``dtype``."""
+    student = dispatch.fake_quant(weight, mask, step, bits, dtype)
+    return student, torch.where(mask, student, weight.to(dtype)) if shared else weight.to(dtype)
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """``out = x @ weight.T + b``, written in place."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, mask: Tensor, step: Tensor, bits: int, bias: Tensor | None, shared: bool
+) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for part, each, written in zip(
+        _halves(x), _weights(weight, mask, step, bits, shared, x.dtype), _halves(out), strict=True
+    ):
+        _multiply(part, each, written, bias)
+    return out
+
+
+def _linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    bits: int,
+    clipped: bool,
+    shared: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
+    if need_x:
+        grad_x = x.new_empty(x.shape)
+        weights = _weights(weight, mask, step, bits, shared, x.dtype)
+        for part, each, written in zip(_halves(grad), weights, _halves(grad_x), strict=True):
+            _multiply(part, each.t(), written)
+    if need_weight:
+        both = (g.t() @ part for g, part in zip(_halves(grad), _halves(x), strict=True))
+        grad_weight = dispatch.dual_weight_backward(*both, weight, mask, step, bits, clipped)
+    return grad_x, grad_weight
+
+
+def _gradients_of(x_shape: Sequence[int], x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor]:
+    need_x, need_weight = needs
+    grad_x = x.new_empty(x_shape) if need_x else x.new_empty(0)
+    return grad_x, torch.empty_like(weight) if need_weight else weight.new_empty(0)
+
+
+def _fuses_linear(x: Tensor, weight: Tensor) -> bool:
+    return launch.fuses_linear(x.shape[0] // 2, weight.shape[0], weight.shape[1], x.dtype, launch.capability(x.device))
+
+
+# x: [2B, in], the student's rows first; the result [2B, out] in x's dtype. The weight may be wider than x (autocast).
+dual_linear = dispatch.define(
+    "dual_linear(Tensor x, Tensor weight, Tensor mask, Tensor step, int bits, Tensor? bias, bool shared) -> Tensor",
+    _linear,
+    lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    lambda x, weight, *_: _fuses_linear(x, weight),
+)
+# Gradients of x and the weight; what is not needed comes back empty.
+dual_linear_backward = dispatch.define(
+    "dual_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor step, int bits, bool clipped, "
+    "bool shared, bool need_x, bool need_weight) -> (Tensor, Tensor)",
+    _linear_backward,
+    lambda grad, x, weight, mask, step, bits, clipped, shared, *needs: _gradients_of(x.shape, x, weight, *needs),
+    lambda grad, x, weight, *_: _fuses_linear(x, weight),
+)
+
+
+def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """What a convolution's output has: channels_last if x or the weight has it."""
+    like = (torch._prims_common.suggest_memory_format(t) for t in (x, weight))
+    return torch.channels_last if torch.channels_last in like else torch.contiguous_format
+
+
+def _images(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Memory for a convolution's output: ``[2B, C_out, H_out, W_out]``."""
+    sizes = [
+        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, dil in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    shape = (x.shape[0], weight.shape[0], *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, weight))
+
+
+def _convolve(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, *shape: Any) -> None:
+    """``out = conv2d(x, weight) + b``, by cuDNN in place."""
+    stride, padding, dilation, groups = shape
+    cudnn = torch.backends.cudnn
+    if x.is_cuda and out.numel() and x.numel() and cudnn.enabled and cudnn.is_acceptable(x):
+        how = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+        memory_format = _memory_format(out, out)
+        x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+        torch.ops.aten.cudnn_convolution.out(x, weight, padding, stride, dilation, groups, *how, out=out)
+        if bias is not None:
+            out += bias.to(x.dtype).reshape(-1, 1, 1)
+    else:
+        out.copy_(F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *shape))
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    bits: int,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    shared: bool,
+) -> Tensor:
+    out = _images(x, weight, stride, padding, dilation)
+    for part, each, written in zip(
+        _halves(x), _weights(weight, mask, step, bits, shared, x.dtype), _halves(out), strict=True
+    ):
+        _convolve(part, each, written, bias, stride, padding, dilation, groups)
+    return out
+
+
+def _conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    bits: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    clipped: bool,
+    shared: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (None, stride, padding, dilation, False, [0, 0], groups, (need_x, need_weight, False))
+    weights = _weights(weight, mask, step, bits, shared, x.dtype)
+    made = [
+        torch.ops.aten.convolution_backward(g, part, each, *shape)
+        for g, part, each in zip(_halves(grad), _halves(x), weights, strict=True)
+    ]
+    grad_x, grad_weight = _conv2d_gradients(x, weight, need_x, need_weight)
+    if need_x:
+        for written, (of_x, _, _) in zip(_halves(grad_x), made, strict=True):
+            written.copy_(of_x)
+    if need_weight:
+        both = (of_weight for _, of_weight, _ in made)
+        grad_weight = dispatch.dual_weight_backward(*both, weight, mask, step, bits, clipped)
+    return grad_x, grad_weight
+
+
+def _conv2d_gradients(x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = _gradients_of(x.shape, x, weight, *needs)
+    return grad_x.contiguous(memory_format=_memory_format(x, weight)) if needs[0] else grad_x, grad_weight
+
+
+def _fuses_conv2d(x: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
+    return launch.fuses_conv2d(tuple(x.shape), tuple(weight.shape), tuple(stride), groups, x.dtype)
+
+
+# As dual_linear, for x [2B, C_in, H, W] and weights [C_out, C_in / groups, kh, kw].
+dual_conv2d = dispatch.define(
+    "dual_conv2d(Tensor x, Tensor weight, Tensor mask, Tensor step, int bits, Tensor? bias, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool shared) -> Tensor",
+    _conv2d,
+    lambda x, weight, mask, step, bits, bias, stride, padding, dilation, *_: _images(
+        x, weight, stride, padding, dilation
+    ),
+    lambda x, weight, mask, step, bits, bias, stride, padding, dilation, groups, shared: _fuses_conv2d(
+        x, weight, stride, groups
+    ),
+)
+dual_conv2d_backward = dispatch.define(
+    "dual_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor step, int bits, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool clipped, bool shared, bool need_x, bool need_weight) "
+    "-> (Tensor, Tensor)",
+    _conv2d_backward,
+    lambda grad, x, weight, *settings: _conv2d_gradients(x, weight, *settings[-2:]),
+    lambda grad, x, weight, mask, step, bits, stride, padding, dilation, groups, *_: _fuses_conv2d(
+        x, weight, stride, groups
+    ),
+)
+for _operation in (dual_linear, dual_linear_backward, dual_conv2d, dual_conv2d_backward):
+    dispatch.one_by_one(_operation)
+
+
+def _again(
+    product: Callable[..., Tensor], grad: Tensor, inputs: tuple[Any, ...], settings: tuple[Any, ...], needs: Any
+) -> list[Tensor | None]:
+    """The gradients as functions that have gradients themselves: those of two products that autograd knows."""
+    x, weight, bias, mask, step = inputs
+    bits, ste, shared = settings
+    with torch.enable_grad():
+        student, teacher = DualWeights.apply(weight, mask, step, bits, ste, x.dtype)
+        if shared:
+            teacher = torch.where(mask, student.detach(), teacher.to(x.dtype))
+        of_student, of_teacher = _halves(x)
+        biases = (None, None) if bias is None else (bias.to(x.dtype), bias.detach().to(x.dtype))
+        out = torch.cat([product(of_student, student, biases[0]), product(of_teacher, teacher.to(x.dtype), biases[1])])
+        wanted = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
+        made = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(made) if needed else None for needed in needs]
+
+
+def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Biases follow the student's loss alone."""
+    student = _halves(grad)[0]
+    return student.sum([d for d in range(grad.dim()) if d != 1]).to(dtype)
+
+
+class DualLinear(torch.autograd.Function):
+    """``x [2B, in]`` by the student's weight and the teacher's; S is a constant, dw as in :class:`DualWeights`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @quickly_bound
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, step: Tensor, bits: int, ste: str, shared: bool
+    ) -> Tensor:
+        out: Tensor = dual_linear(x, weight, mask, step, bits, bias, shared)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, bits, ste, shared = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.settings = bits, ste, shared
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mask, step = ctx.saved_tensors
+        bits, ste, shared = ctx.settings
+        need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            return *_again(F.linear, grad, ctx.saved_tensors, ctx.settings, needs), *[None] * 5
+        layer = (weight, mask, step, bits, ste == "clipped", shared)
+        grad_x, grad_weight = dual_linear_backward(grad, x, *layer, need_x, need_weight)
+        grad_bias = _bias_gradient(grad, bias.dtype) if need_bias else None
+        return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, *[None] * 5
+
+
+class DualConv2d(torch.autograd.Function):
+    """:class:`DualLinear` for convolution; ``shape`` is stride, padding, dilation (lists) and groups."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @quickly_bound
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        step: Tensor,
+        bits: int,
+        ste: str,
+        shared: bool,
+        *shape: Any,
+    ) -> Tensor:
+        out: Tensor = dual_conv2d(x, weight, mask, step, bits, bias, *shape, shared)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.settings, ctx.shape = inputs[5:8], inputs[8:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mask, step = ctx.saved_tensors
+        bits, ste, shared = ctx.settings
+        need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            stride, padding, dilation, groups = ctx.shape
+            product = partial(F.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
+            return *_again(product, grad, ctx.saved_tensors, ctx.settings, needs), *[None] * 9
+        layer = (weight, mask, step, bits, *ctx.shape, ste == "clipped", shared)
+        grad_x, grad_weight = dual_conv2d_backward(grad, x, *layer, need_x, need_weight)
+        grad_bias = _bias_gradient(grad, bias.dtype) if need_bias else None
+        return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, *[None] * 9

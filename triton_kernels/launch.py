@@ -1,0 +1,135 @@
+"""Launch choices: block sizes and warps as plain functions of shape and dtype. Importable without Triton.
+
+There is no autotuning at run time: ``bench/tune.py`` searches, and what it finds is written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+WARP = 32
+LOAD_BYTES = 16  # the widest access of a thread
+
+# Kernel parameters may take 4 KiB, and a layer up to six pointers.
+MOST_LAYERS = 64
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n`` and 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program does: ``rows`` x ``columns`` elements by ``warps`` warps, ``vector`` neighbours a thread."""
+
+    rows: int
+    columns: int
+    warps: int
+    vector: int
+
+
+def element_wise(itemsize: int, columns: int | None = None) -> Tile:
+    """For kernels that read a weight once: 16 elements a thread, in loads of 16 bytes.
+
+    ``itemsize``: the largest of what is read and written at the weights' places. ``columns``: the longest row of a
+    layer with a step size for each row; None for one step size a layer, where the rows of a tile follow each other.
+    """
+    warps, vector = 4, LOAD_BYTES // itemsize
+    threads = warps * WARP
+    width = threads * vector
+    if columns is not None:
+        width = min(width, max(next_power_of_2(columns), vector))
+    return Tile(16 * threads // width, width, warps, vector)
+
+
+def sums_at_once(sums: int) -> int:
+    """How many programs' sums the last program loads at a time, each of ``sums`` numbers."""
+    return max(1024 // sums, 1)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A tile of a product: ``rows`` of each half of x, ``outs`` of the weight's other index, ``depth`` at a time."""
+
+    rows: int
+    outs: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def dual_product(rows: int, outs: int, depth: int, on_cores: bool) -> Product:
+    """For a product with the weight. ``on_cores``: fp32 without tensor cores, where small tiles keep registers free."""
+    if on_cores:
+        return Product(16, 64, 32, 4, 3)
+    return Product(min(max(next_power_of_2(rows), 16), 64), 64, 64, 4, 3)
+
+
+def splits(tiles: int, depths: int, multiprocessors: int) -> int:
+    """Among how many programs the depth of a tile is divided: until there are two a multiprocessor, for weights stream
+    through few rows at the speed of the programs that are under way; each with 4 steps or more."""
+    count = 1
+    while 2 * count * tiles <= 4 * multiprocessors and 2 * count * 4 <= depths:
+        count *= 2
+    return count
+
+
+def dual_weight_gradient(itemsize: int) -> Product:
+    """For the weight's gradient: ``outs`` x ``depth`` of it, summed over ``rows`` at a time."""
+    return Product(32 if itemsize == 4 else 64, 64, 64, 4, 3)
+
+
+def capability(device: torch.device) -> int:
+    """80, 90, 100, ...; interpreted kernels do what the oldest can."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def fp32_products() -> str:
+    """How PyTorch multiplies fp32 matrices: "ieee", or "tf32" on tensor cores."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# For choosing between ways, a Hopper GPU in round numbers: bytes/s, operations/s of tensor cores by the bytes of a
+# value and of the cores in fp32, elements/s through one instruction, seconds to start a kernel in a captured graph.
+BANDWIDTH = 3e12
+TENSOR_CORES = {2: 6e14, 4: 3e14}
+CORES = 4e13
+LANES = 2.5e13
+LAUNCH = 2e-6
+OWN_PRODUCTS = 0.5  # of a rate that a library's products reach, what kernels that quantize as they go do
+QUANTIZER = 20  # instructions a weight
+
+
+def fuses_linear(rows: int, outs: int, ins: int, dtype: torch.dtype, capability: int) -> bool:
+    """Whether one launch is faster than making the student's weight and two products.
+
+    A model of traffic and arithmetic, not a measurement: one launch reads an fp32 weight and its mask once (5 bytes a
+    weight), but quantizes it anew for every 64 rows and multiplies at half the library's rate; the other way reads 5
+    and writes both weights in ``dtype``, reads w again for the teacher's, and reads both for the products. Few rows are
+    bound by the weights and fuse; from about a thousand on arithmetic decides. On Blackwell, Triton 3.6 multiplies fp32
+    in tf32 even where ieee is asked for: not there.
+    """
+    on_cores = dtype == torch.float32 and fp32_products() == "ieee"
+    if on_cores and capability >= 100:
+        return False
+    weights, itemsize = outs * ins, dtype.itemsize
+    rate = CORES if on_cores else TENSOR_CORES[itemsize]
+    products = 4 * rows * weights / rate
+    tiles = -(-rows // dual_product(rows, outs, ins, on_cores).rows)
+    one_launch = max(5 * weights / BANDWIDTH, products / OWN_PRODUCTS, tiles * QUANTIZER * weights / LANES)
+    cast = 0 if itemsize == 4 else 4 + itemsize
+    separate = 3 * LAUNCH + (5 + 3 * itemsize + cast) * weights / BANDWIDTH + products
+    return one_launch < separate
+
+
+def fuses_conv2d(
+    x: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> bool:
+    """Whether one launch is faster than making the student's weight and two convolutions."""
+    return False

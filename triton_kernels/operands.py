@@ -1,0 +1,99 @@
+"""Tensors as kernels take them: dense memory in one order, tables of blocks, counters and error flags of a device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """The device of ``tensor`` made the current one: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has. Interpreted kernels take 4, so that work is divided in small tests too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Rows (slices of dimension 0) follow each other without gaps, in whatever order their elements are."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape[1:], tensor.stride()[1:], strict=True), key=lambda pair: pair[1]):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return tensor.dim() > 0 and tensor.shape[0] > 0 and tensor.stride(0) == expected
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is dense, else a contiguous copy."""
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def relaid(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` with the strides of ``like``, which is dense; copied if it has others."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def flat_steps(step: Tensor) -> Tensor:
+    """The step sizes as contiguous fp32."""
+    return step.float().contiguous()
+
+
+def written_like(result: Tensor, weight: Tensor) -> Tensor:
+    """``result`` if it has the strides of a dense ``weight``, which kernels write in; else memory to copy back from."""
+    return result if result.stride() == weight.stride() else torch.empty_like(weight, dtype=result.dtype)
+
+
+def copy_back(written: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """The results that were written elsewhere (:func:`written_like`), brought to their own layout."""
+    for source, result in zip(written, results, strict=True):
+        if source is not result:
+            result.copy_(source)
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """All begin at a multiple of 16 bytes, as loads of 16 bytes need."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """``count`` int32 zeros for tickets, which the kernel that uses them sets back to zero.
+
+    One set a stream: kernels of one stream follow each other. Within the capture of a CUDA graph a set of its own,
+    whose zeroing is part of the graph: the graph may be replayed in any stream.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    found = _counters.get((device, stream))
+    if found is None or found.numel() < count:
+        found = _counters[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return found
+
+
+_flags: dict[torch.device, Tensor] = {}
+
+BAD_STEP = 1  # a step size that is not a positive, finite number
+NOT_FINITE = 2  # NaN or infinity among weights that were to be ranked
+
+
+def error_flags(device: torch.device) -> Tensor:
+    """int32 [2]: kernels write 1 at ``BAD_STEP - 1`` or ``NOT_FINITE - 1``; read and reset without haste."""
+    found = _flags.get(device)
+    if found is None:
+        found = _flags[device] = torch.zeros(2, dtype=torch.int32, device=device)
+    return found
