@@ -1,33 +1,25 @@
-"""How the benchmarks measure: candidates take turns in one process, and the machine's copy speed is measured with them.
+"""What a case of a benchmark is, how its candidates take turns, and the host's clock.
 
 Candidates are called in rounds, each in its turn, so that a busy machine slows all of them alike. A turn is one call
-that is not timed, so that each finds the caches as it leaves them, and then as many as take 10 ms: their mean counts.
-Given are the median of the turns and the quartiles. The roof is torch's copy of 256 MiB in the same rounds.
-Memory is recycled (see pqk_fast.allocator): otherwise page faults would be timed.
+that is not timed, so that each finds the caches as it leaves them, and then as many as take 10 ms (5 on a GPU): their
+mean counts. Given are the median of the turns and the quartiles. How a GPU is timed stands in timing_cuda.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
-import torch
-from rich.console import Console
-from rich.table import Table
+Call = Callable[[], Any]
+Bind = Callable[..., Call]
 
-from pqk_fast.allocator import recycle_large_tensors
-from pqk_fast.files import replacing
-from pqk_fast.record import environment
-
-WARMUP = 4
-TURN = 10e-3  # seconds
-ROOF_BYTES = 256 << 20  # larger than any cache
+ROUNDS = (11, 400)
+SLOW = 0.1  # seconds: what takes longer neither needs warm caches nor gets them
 
 
 @dataclass(frozen=True)
@@ -49,84 +41,121 @@ class Timing:
         return json.loads(json.dumps(digits), parse_float=lambda text: float(f"{float(text):.4g}")) | {"n": self.n}
 
 
-def take_turns(
-    candidates: dict[str, Callable[[], Any]], seconds: float = 6.0, rounds: tuple[int, int] = (11, 400)
-) -> dict[str, Timing]:
-    """Time every candidate in turn; about ``seconds`` for all together, within so many rounds."""
-    calls = {}
-    for name, run in candidates.items():
-        for _ in range(WARMUP):
-            start = time.perf_counter()
-            run()
-            once = time.perf_counter() - start
-        calls[name] = max(1, int(TURN / once))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    begin = time.perf_counter()
-    for turn in range(rounds[1]):
-        if turn >= rounds[0] and time.perf_counter() - begin > seconds:
-            break
-        for name, run in candidates.items():
-            run()
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            times[name].append((time.perf_counter() - start) / calls[name])
-    return {name: Timing.of(values) for name, values in times.items()}
+@dataclass(frozen=True)
+class Workload:
+    """The candidates of one case, and their inputs.
 
-
-def copy_of_roof_bytes() -> Callable[[], Any]:
-    """torch's copy of ``ROOF_BYTES`` on all its threads, which are read and written."""
-    source = torch.ones(ROOF_BYTES // 4)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-class Report:
-    """Runs the cases of one benchmark, shows them as a table and writes them as a record.
-
-    Options: ``--threads``, ``--seconds`` (a case), ``--only`` (cases with this in their name), ``--out``.
+    A candidate takes one set of inputs and gives the call that is timed. ``inputs(seed)`` makes a set; a GPU gets
+    several, and uses them in turn, unless ``rotate`` is False. ``check(result, truth, inputs)`` says what is wrong with
+    a result (None: nothing), compared with that of ``reference``, which comes first; ``unchecked`` compute something
+    else and say so in their names. ``uncaptured`` are to be called from Python on a GPU, too.
     """
 
-    def __init__(self, doc: str | None, benchmark: str) -> None:
-        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--threads", type=int, default=2)
-        parser.add_argument("--seconds", type=float, default=6.0, help="time a case, all candidates together")
-        parser.add_argument("--only", default="", help="only the cases with this in their name")
-        parser.add_argument("--out", type=Path, default=Path(f"bench/results/{benchmark}.json"))
-        self.options = parser.parse_args()
-        self.benchmark = benchmark
-        self.cases: dict[str, dict[str, Any]] = {}
-        torch.set_num_threads(self.options.threads)
-        self.recycled = recycle_large_tensors()
+    candidates: Mapping[str, Bind]
+    inputs: Callable[[int], tuple[Any, ...]]
+    check: Callable[[Any, Any, tuple[Any, ...]], str | None] | None = None
+    unchecked: Collection[str] = ()
+    uncaptured: Collection[str] = ()
+    reference: str = "pqk_fast"
+    rotate: bool = True
 
-    def case(self, name: str, numel: int, moved: float, make: Callable[[], dict[str, Callable[[], Any]]]) -> None:
-        """Time what ``make`` gives, ``"pqk_fast"`` and others; each moves ``moved`` bytes at least."""
-        if self.options.only not in name:
-            return
-        torch.compiler.reset()
-        times = take_turns({**make(), "copy": copy_of_roof_bytes()}, self.options.seconds)
-        roof = 2 * ROOF_BYTES / (times.pop("copy").median / 1e3)
-        row: dict[str, Any] = {"numel": numel, "bytes": int(moved), "roof_gb_s": round(roof / 1e9, 2)}
-        for candidate, timing in times.items():
-            share = moved / (timing.median / 1e3) / roof
-            ratio = timing.median / times["pqk_fast"].median
-            row[candidate] = timing.as_json() | {"of_roof": round(share, 3), "ratio": round(ratio, 2)}
-        self.cases[name] = row
 
-    def finish(self, **content: Any) -> None:
-        """Show the table and write the record, whole or not at all."""
-        table = Table("case", "candidate", "median ms", "quartiles", "of the roof", "pqk_fast is faster by")
-        for name, row in self.cases.items():
-            for candidate, cell in row.items():
-                if isinstance(cell, dict):
-                    low, high = cell["quartiles_ms"]
-                    share = f"{100 * cell['of_roof']:.0f} %"
-                    spread, ratio = f"{low} .. {high}", f"{cell['ratio']}x"
-                    table.add_row(name, candidate, str(cell["median_ms"]), spread, share, ratio)
-        console = Console()
-        console.print(table)
-        settings = {"threads": self.options.threads, "recycled_memory": self.recycled, **content}
-        record = {"benchmark": self.benchmark, **environment(), "settings": settings, "cases": self.cases}
-        with replacing(self.options.out, "w") as file:
-            json.dump(record, file, indent=1)
-        console.print(f"{self.options.out} written")
+def called(function: Callable[..., Any]) -> Bind:
+    """The candidate that calls ``function`` with the inputs as they are."""
+    return lambda *inputs: partial(function, *inputs)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A candidate, ready to be timed: ``call`` uses it ``uses`` times; ``about`` goes into the record.
+
+    ``keeps`` is what must stay alive meanwhile: a captured graph knows addresses only.
+    """
+
+    call: Call
+    uses: int = 1
+    about: dict[str, Any] = field(default_factory=dict)
+    keeps: list[Call] = field(default_factory=list)
+
+
+class Timer(Protocol):
+    """How one kind of device is timed."""
+
+    turn: float  # seconds that a turn takes, where a call takes less
+    fewest: int  # turns that a candidate gets even if they take long
+
+    def sets(self, moved: float) -> int:
+        """How many sets of inputs to rotate, if one call moves so many bytes."""
+        ...
+
+    def prepare(self, calls: list[Call], capture: bool) -> Run:
+        """Warm up; ``calls`` is the same candidate for each set of inputs."""
+        ...
+
+    def measure(self, call: Call, times: int, settle: bool) -> float:
+        """Mean seconds of ``times`` calls, after one that is not timed (``settle``)."""
+        ...
+
+    def about_case(self, touched: float) -> dict[str, Any]:
+        """For the record of a case that touches so many bytes in a round of its inputs."""
+        ...
+
+    def free(self) -> None:
+        """Called before each case."""
+        ...
+
+    def about_device(self) -> dict[str, Any]:
+        """For the record: what the device is and how it is set now."""
+        ...
+
+
+class HostTimer:
+    """The CPU: one set of inputs, Python calls, the host's clock."""
+
+    turn, fewest, warmup = 10e-3, ROUNDS[0], 2
+
+    def sets(self, moved: float) -> int:
+        return 1
+
+    def prepare(self, calls: list[Call], capture: bool) -> Run:
+        for _ in range(self.warmup):
+            calls[0]()
+        return Run(calls[0])
+
+    def measure(self, call: Call, times: int, settle: bool) -> float:
+        if settle:
+            call()
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - start) / times
+
+    def about_case(self, touched: float) -> dict[str, Any]:
+        return {}
+
+    def free(self) -> None:
+        pass
+
+    def about_device(self) -> dict[str, Any]:
+        return {}
+
+
+def take_turns(
+    runs: Mapping[str, Run], timer: Timer, seconds: float, fewest_rounds: int = ROUNDS[0]
+) -> dict[str, Timing]:
+    """Time every candidate in turn; about ``seconds`` for all together, and no more than that for a slow one."""
+    once = {name: timer.measure(run.call, 1, True) for name, run in runs.items()}
+    calls = {name: max(1, int(timer.turn / each)) for name, each in once.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
+    begin = time.perf_counter()
+    for round_ in range(ROUNDS[1]):
+        if round_ >= fewest_rounds and time.perf_counter() - begin > seconds:
+            break
+        for name, run in runs.items():
+            if spent[name] > max(seconds, 1.0) and len(times[name]) >= timer.fewest:
+                continue
+            start = time.perf_counter()
+            times[name].append(timer.measure(run.call, calls[name], once[name] < SLOW) / run.uses)
+            spent[name] += time.perf_counter() - start
+    return {name: Timing.of(values) for name, values in times.items()}

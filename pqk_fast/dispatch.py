@@ -42,7 +42,7 @@ def define(
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     if name in gpu.LAUNCHERS:
-        interpreted = gpu.interpreted() and native.library().path is None
+        interpreted = native.library().path is None and gpu.interpreted()
         _LIBRARY.impl(name, run_on_gpu, "CPU" if interpreted else "CUDA")
     torch.library.register_fake(f"pqk_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.pqk_fast, name).default

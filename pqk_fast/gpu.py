@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 # Each operation of pqk_fast.dispatch that has a launcher of its name, and the file of that launcher.
 LAUNCHERS = {
@@ -22,11 +25,6 @@ LAUNCHERS = {
     "dual_linear": "dual_forward",
     "dual_linear_backward": "dual_forward",
 }
-
-
-def interpreted() -> bool:
-    """True if Triton was told to run its kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -42,10 +40,32 @@ def problem() -> str:
 
 
 @functools.cache
+def interpreted() -> bool:
+    """True if Triton was told to run its kernels on the CPU, and can be used."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and not problem()
+
+
+@functools.cache
 def launcher(operation: str) -> Callable[..., Any] | None:
     """What runs an operation on a GPU, or None where that is plain PyTorch."""
     if operation not in LAUNCHERS or problem():
         return None
     module = importlib.import_module(f"pqk_fast.triton_kernels.{LAUNCHERS[operation]}")
     found: Callable[..., Any] = getattr(module, operation)
+    return found
+
+
+def errors(device: torch.device) -> bool:
+    """Whether a kernel on this GPU met a bad step size or weights that cannot be ranked since this was last asked.
+
+    Kernels cannot raise; they set a flag. Reading it waits for the GPU, so this is for when masks or logs are made.
+    True also where no flag is kept: the caller looks at the values then.
+    """
+    operands = sys.modules.get("pqk_fast.triton_kernels.operands")
+    if operands is None:
+        return True
+    flags = operands.error_flags(device)
+    found = bool(flags.any())
+    if found:
+        flags.zero_()
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk_fast import ops
+from pqk_fast import gpu, ops
 from pqk_fast.branches import config_of, require_prepared
 from pqk_fast.config import ConfigError, PQKConfig, matches, pruned_of_group
 from pqk_fast.layers import PQKLayer
@@ -74,7 +74,7 @@ class Pruner:
 
     Raises:
         ValueError: an unprepared model, phase 2, step counts below 1; from :meth:`step` also for a layer that never
-            ran, NaN or infinity in a layer's weight (both by name), and more steps than announced.
+            ran, NaN or infinity in a layer's weight or step size (all by name), and more steps than announced.
     """
 
     def __init__(self, model: nn.Module, steps: int, epoch_steps: int, config: PQKConfig | None = None) -> None:
@@ -132,10 +132,30 @@ class Pruner:
             if sparsity is None:
                 return False
             pool.select(sparsity)
+        self._check_numbers()
         for layer, first in self._twins:
             # .to(device) gives tied layers buffers of their own
             layer.weight_mask.copy_(first.weight_mask)
         return True
+
+    def _check_numbers(self) -> None:
+        """Name the layer whose step size or weights no longer are numbers. A GPU, which cannot raise, set a flag."""
+        devices = {layer.weight.device for layer in self._unique.values()}
+        if any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing():
+            return
+        suspect = {device for device in devices if device.type != "cuda" or gpu.errors(device)}
+        for index, (name, layer) in enumerate(self._unique.items()):
+            if layer.weight.device not in suspect:
+                continue
+            step = layer.weight_step
+            if not bool(((step > 0) & step.isfinite()).all()):
+                raise ValueError(
+                    f"the step size of layer {name!r} is no positive number any more ({step.min():g} to "
+                    f"{step.max():g}): training has diverged, go back to the last good checkpoint and lower the rate "
+                    "of the step sizes (step_lr in param_groups)"
+                )
+            if layer.weight.device.type == "cuda" and not bool(layer.weight.isfinite().all()):
+                raise ops.NonFiniteWeightError(index, layer.weight, name)
 
     @torch.no_grad()
     def step(self) -> bool:

@@ -150,6 +150,8 @@ def backends() -> list[Backend]:
     """The implementation of every operation on every device that this machine has."""
     found = library()
     cpu = ("C++", "") if found.path else ("PyTorch", "the C++ library is not used")
+    if gpu.interpreted() and not found.path:
+        cpu = ("Triton", "TRITON_INTERPRET=1 runs the GPU's kernels in plain Python, for tests")
     table = [Backend(operation, "cpu", *cpu) for operation in OPERATIONS]
     if torch.cuda.is_available():
         cuda = ("Triton", "") if not gpu.problem() else ("PyTorch", gpu.problem())

@@ -19,7 +19,7 @@ from torch import Tensor
 from pqk_fast import dispatch, reference
 from pqk_fast.autograd import FakeQuant, FakeQuantAll, PrunedOnly
 from pqk_fast.config import check_bits, check_choice
-from pqk_fast.dual_forward import DualConv2d, DualLinear
+from pqk_fast.dual_ops import DualConv2d, DualLinear
 from pqk_fast.packing import pack_bits, pack_int4, pack_ints, unpack_bits, unpack_int4, unpack_ints
 from pqk_fast.reference import WEIGHT_DTYPES
 from pqk_fast.selection import (
@@ -85,8 +85,12 @@ def output_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dtyp
         if dtype not in WEIGHT_DTYPES:
             raise TypeError(f"dtype must be floating point (fp32, bf16 or fp16), got {dtype}")
         return dtype
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return torch.get_autocast_dtype(weight.device.type) if _autocasts(weight) else weight.dtype
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def fake_quant(
@@ -175,7 +179,7 @@ def _dual_input(x: Tensor, weight: Tensor, shape: str, fits: bool) -> Tensor:
             "stack it with torch.cat([x_student, x_teacher])"
         )
     dtype = output_dtype(weight)
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != dtype and not _autocasts(x):
         raise TypeError(f"x must have the weight's dtype {weight.dtype}, got {x.dtype}; use autocast, or x.to(weight)")
     return x.to(dtype)
 

@@ -92,7 +92,8 @@ def topk_mask_(masks: Sequence[Tensor], weights: Sequence[Tensor], k: Tensor | i
     elif isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= total:
         raise ValueError(f"k must be an integer in 0..{total}, the number of weights kept; got {k!r}")
     _check_masks(masks, weights)
-    keep = k if isinstance(k, Tensor) else torch.tensor(k, device=weights[0].device)
+    # full, not tensor: a GPU would wait for a copy from the host
+    keep = k if isinstance(k, Tensor) else torch.full((), k, device=weights[0].device)
     status = dispatch.topk_mask_(list(masks), list(weights), keep)
     _changed(masks)
     _refuse_not_finite(status, weights)

@@ -6,6 +6,7 @@ What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,INTERPRETER,
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -17,7 +18,11 @@ import torch
 from cases import required
 from hypothesis import settings
 
-from pqk_fast import gpu, native
+# Where there is no GPU, Triton kernels run interpreted. Triton reads this when a kernel is defined.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from pqk_fast import gpu, native  # noqa: E402
 
 settings.register_profile("pqk_fast", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("pqk_fast")
@@ -27,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if torch.cuda.is_available():
         torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are compared in fp32
-    if gpu.interpreted() and not gpu.problem():
+    if gpu.interpreted():
         import interpreter
 
         interpreter.mend()
@@ -38,6 +43,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if required("GPU"):
             pytest.fail("PQK_FAST_REQUIRE_GPU=1, but torch finds no CUDA device")
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("interpreter") and not gpu.interpreted():
+        why = gpu.problem() or "TRITON_INTERPRET is not 1"
+        if required("INTERPRETER"):
+            pytest.fail(f"PQK_FAST_REQUIRE_INTERPRETER=1, but {why}")
+        pytest.skip(f"needs Triton's interpreter: {why}")
     if item.get_closest_marker("native") and native.library().path is None:
         pytest.skip(f"needs the C++ library: {native.library().problem}")
 

@@ -81,6 +81,51 @@ class Launch:
     def spills(self) -> int:
         return self.resources["STACK"] + self.resources["LOCAL"] + self.count(r"(LDL|STL)")
 
+    @property
+    def wide_path(self) -> list[str]:
+        """The straight run of instructions with the most 16-byte loads: a kernel's path for whole, aligned tiles."""
+        runs: list[list[str]] = [[]]
+        for line in self.sass:
+            runs[-1].append(line)
+            if re.match(r"(@!?U?P\w+ )?(BRA|EXIT|RET|BSYNC)\b", line):
+                runs.append([])
+        return max(runs, key=lambda run: sum("LDG.E.128" in line for line in run))
+
+    def bytes_moved(self, operation: str) -> int:
+        """Bytes that a thread loads (``LDG``) or stores (``STG``) on the wide path."""
+        sizes = [re.match(rf"(?:@!?U?P\w+ )?{operation}\.E((?:\.\w+)*)", line) for line in self.wide_path]
+        widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        return sum(next((widths[w] for w in found[1].split(".") if w in widths), 4) for found in sizes if found)
+
+    def fused_roundings(self) -> int:
+        """Fused multiply-adds with the constant that rounds: ties would go elsewhere."""
+        return sum("FFMA" in line and "12582912" in line for line in self.sass)
+
+    def summary(self) -> dict[str, Any]:
+        kinds = (
+            "LDG.E.128",
+            "LDGSTS.E.BYPASS.128",
+            "HGMMA",
+            "HMMA",
+            "UTCHMMA",
+            "UTCQMMA",
+            "FFMA",
+            "FFMA2",
+            "ATOMG",
+            "RED",
+        )
+        return {
+            "kernel": self.name,
+            "grid": self.grid,
+            "registers": self.registers,
+            "shared": self.compiled.metadata.shared,
+            "spills": self.spills,
+            "loaded": self.bytes_moved("LDG"),
+            "stored": self.bytes_moved("STG"),
+            "fused_roundings": self.fused_roundings(),
+            **{kind: self.count(kind.replace(".", r"\.") + r"[.\w]*") for kind in kinds},
+        }
+
 
 @contextmanager
 def compiled_only(architecture: int) -> Iterator[list[Launch]]:

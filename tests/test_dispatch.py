@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqk_fast import dispatch, reference
+from pqk_fast import dispatch, dual_ops, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -130,6 +130,12 @@ def arguments(case: Case, dtype: torch.dtype, device: str) -> dict[Any, tuple]:
     grad = normal_like(weight)
     images = normal_like(torch.empty(3, 5, 4, 2, device=device)).contiguous(memory_format=torch.channels_last)
     scale = torch.linspace(1, 2, 5, device=device)
+    # x [2B, in] in another dtype than the weight, as under autocast; upstream gradients first
+    products = quantizer_inputs(Case((5, 7), step=case.step), 4, dtype, device)
+    linear = (normal_like(images[:, :, 0, 0].new_empty(6, 5)), normal_like(images.new_empty(6, 7)), *products, 4)
+    kernels = quantizer_inputs(Case((5, 3, 3, 2), step=case.step), 4, dtype, device)
+    kernel = (normal_like(images.new_empty(4, 5, 3, 4)), normal_like(images.new_empty(4, 3, 6, 5)), *kernels, 4)
+    convolution = ([2, 1], [1, 0], [1, 1], 1)
     lists = ([weight, weight.clone()], [mask, mask.clone()], [step, step.clone()])
     return {
         dispatch.fake_quant: (weight, mask, step, 4, torch.bfloat16),
@@ -137,6 +143,10 @@ def arguments(case: Case, dtype: torch.dtype, device: str) -> dict[Any, tuple]:
         dispatch.fake_quant_backward: (grad, weight, mask, step, 4, True, True, True, True),
         dispatch.fake_quant_all_backward: ([grad, grad.clone()], *lists, [4, 2], False, True, True, False),
         dispatch.dual_weight_backward: (grad, grad + 1, weight, mask, step, 4, True),
+        dual_ops.dual_linear: (*linear[1:], scale, False),
+        dual_ops.dual_linear_backward: (*linear, True, True, True, True),
+        dual_ops.dual_conv2d: (*kernel[1:], scale, *convolution, True),
+        dual_ops.dual_conv2d_backward: (*kernel, *convolution, False, False, True, True),
         dispatch.topk_mask_: (lists[1], lists[0], torch.tensor(weight.numel(), device=device)),
         dispatch.group_mask_: (
             mask[None, None].expand(1, 4, *mask.shape).contiguous(),
@@ -170,6 +180,22 @@ OPERATIONS = list(arguments(CASES[0], torch.float32, "cpu"))
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_opcheck(operation: Any, case: Case, dtype: torch.dtype, device: str) -> None:
     torch.library.opcheck(operation, arguments(case, dtype, device)[operation])
+
+
+def on_meta(value: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), value)
+
+
+@pytest.mark.parametrize("case", [CASES[4], CASES[12], CASES[18]], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_shapes_without_data(operation: Any, case: Case) -> None:
+    """On the meta device, which is all that tracing for a GPU that is not there needs."""
+    inputs = arguments(case, torch.float32, "cpu")[operation]
+    made, real = operation(*on_meta(inputs)), operation(*inputs)
+    for one, other in zip(*map(torch.utils._pytree.tree_leaves, (made, real)), strict=True):
+        if isinstance(other, Tensor):
+            assert (one.device.type, one.shape, one.dtype) == ("meta", other.shape, other.dtype)
+            assert one.stride() == other.stride()
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -234,5 +260,6 @@ def test_raw_calls_stay_within_memory(operation: Any, args: tuple, message: str)
 
 
 def test_every_operation_is_checked() -> None:
-    defined = {name for name in vars(dispatch) if isinstance(vars(dispatch)[name], torch._ops.OpOverload)}
+    found = [*vars(dispatch).items(), *vars(dual_ops).items()]
+    defined = {name for name, value in found if isinstance(value, torch._ops.OpOverload) and name[0] != "_"}
     assert {re.sub(r"^pqk_fast::|\.default$", "", operation.name()) for operation in OPERATIONS} == defined

@@ -25,7 +25,7 @@ print(library.path, library.problem, library.build, sep="\\n")
 
 
 def run(program: str = PROGRAM, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PQK_FAST")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PQK_FAST", "TRITON"))}
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env={**environment, **variables}
     )

@@ -26,7 +26,7 @@ ORDER = (
     "schedule",
     "dispatch",
     "autograd",
-    "dual_forward",
+    "dual_ops",
     "batch_norm",
     "selection",
     "packing",

@@ -53,7 +53,7 @@ def _product(
     pid_n, pid_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, m = pid_n * BN + tl.arange(0, BN), pid_m * BM + tl.arange(0, BM)
     in_n, in_m = n < N, m < rows
-    half = rows.to(tl.int64) * depth
+    half_x = rows.to(tl.int64) * depth
     if STEPS == ONE_STEP:
         s = tl.load(step)
         bad = is_bad_step(s).to(tl.int32)
@@ -75,7 +75,7 @@ def _product(
         places = m[None, :].to(tl.int64) * depth + k[:, None]  # [BK, BM]
         inside_x = in_m[None, :] & in_k[:, None]
         x_student = tl.load(x + places, mask=inside_x, other=0.0)
-        x_teacher = tl.load(x + half + places, mask=inside_x, other=0.0)
+        x_teacher = tl.load(x + half_x + places, mask=inside_x, other=0.0)
         if STEPS == ALONG_K:
             steps = tl.load(step + k, mask=in_k, other=1.0)[None, :]
             bad = tl.maximum(bad, tl.max(is_bad_step(steps).to(tl.int32)))
@@ -91,32 +91,32 @@ def _product(
         teacher = tl.dot(full, x_teacher, teacher, input_precision=PRECISION)
     if bad > 0:
         tl.store(flags, 1)
+    if STEPS != ALONG_K:
+        student *= s
     places = m[:, None].to(tl.int64) * N + n[None, :]  # [BM, BN]
     inside = in_m[:, None] & in_n[None, :]
     other_half = rows.to(tl.int64) * N
     last = True
     if SPLITS > 1:
-        tl.store(partials + 2 * split * other_half + places, tl.trans(student), mask=inside)
-        tl.store(partials + (2 * split + 1) * other_half + places, tl.trans(teacher), mask=inside)
+        mine = partials + 2 * split * other_half + places
+        tl.store(mine, tl.trans(student), mask=inside)
+        tl.store(mine + other_half, tl.trans(teacher), mask=inside)
         tl.debug_barrier()  # before the ticket says so, all threads' sums are written
         ticket = tickets + pid_m * tl.num_programs(0) + pid_n
         last = tl.atomic_add(ticket, 1) == SPLITS - 1
         if last:
             tl.store(ticket, 0)
-            student, teacher = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
-            for i in range(SPLITS):
-                at_student = partials + 2 * i * other_half + places
-                student += tl.trans(tl.load(at_student, mask=inside, other=0.0, cache_modifier=".cg"))
-                teacher += tl.trans(tl.load(at_student + other_half, mask=inside, other=0.0, cache_modifier=".cg"))
     if last:
-        if STEPS != ALONG_K:
-            student *= s
-        if BIAS:
-            b = tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
-            student += b
-            teacher += b
-        tl.store(out + places, tl.trans(student).to(out.dtype.element_ty), mask=inside)
-        tl.store(out + other_half + places, tl.trans(teacher).to(out.dtype.element_ty), mask=inside)
+        for half in tl.static_range(2):
+            total = tl.trans(teacher) if half else tl.trans(student)
+            if SPLITS > 1:
+                total = tl.zeros([BM, BN], tl.float32)
+                for i in range(SPLITS):
+                    at = (2 * i + half) * other_half + places
+                    total += tl.load(partials + at, mask=inside, other=0.0, cache_modifier=".cg")
+            if BIAS:
+                total += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+            tl.store(out + half * other_half + places, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -169,15 +169,23 @@ def _weight_gradient(
 
 @triton.jit
 def _write_selected(
-    grad_student, grad_teacher, weight, mask, out, at, step, largest, inside, FULL: tl.constexpr, CLIPPED: tl.constexpr
+    grad_student,
+    grad_teacher,
+    weight,
+    mask,
+    out,
+    at,
+    inverse,
+    largest,
+    inside,
+    FULL: tl.constexpr,
+    CLIPPED: tl.constexpr,
 ):
     kept = read(mask + at, inside, FULL)  # [R, K]
     student = read(grad_student + at, inside, FULL).to(tl.float32)
     teacher = read(grad_teacher + at, inside, FULL).to(tl.float32)
     if CLIPPED:
-        student = tl.where(
-            tl.abs(scaled(read(weight + at, inside, FULL), kept, reciprocal(step))) <= largest, student, 0.0
-        )
+        student = tl.where(tl.abs(scaled(read(weight + at, inside, FULL), kept, inverse)) <= largest, student, 0.0)
     write(out + at, tl.where(kept, student, teacher), inside, FULL)
 
 
@@ -201,12 +209,13 @@ def _select(
     """``M g_S + (1 - M) g_T`` of one layer; the weight is read only if clipped."""
     block = blocks + tl.program_id(0) * FIELDS
     start, offsets, inside, full = tile_of(block, R, K, VEC, PER_ROW, ALIGNED)
-    s, largest = steps_of(step, block, flags, R, PER_ROW), tl.load(block + LARGEST).to(tl.float32)
+    inverse = reciprocal(steps_of(step, block, flags, R, PER_ROW))
+    largest = tl.load(block + LARGEST).to(tl.float32)
     at = start + offsets
     if full:
-        _write_selected(grad_student, grad_teacher, weight, mask, out, at, s, largest, inside, True, CLIPPED)
+        _write_selected(grad_student, grad_teacher, weight, mask, out, at, inverse, largest, inside, True, CLIPPED)
     else:
-        _write_selected(grad_student, grad_teacher, weight, mask, out, at, s, largest, inside, False, CLIPPED)
+        _write_selected(grad_student, grad_teacher, weight, mask, out, at, inverse, largest, inside, False, CLIPPED)
 
 
 def dual_weight_backward(
@@ -258,7 +267,7 @@ def _dual_product(
     x, weight, step = x.contiguous(), operands.dense(weight), operands.flat_steps(step)
     mask = operands.relaid(mask, weight)
     precision = launch.fp32_products()
-    tile = launch.dual_product(rows, outs, depth, precision == "ieee" and x.dtype == torch.float32)
+    tile = launch.dual_product(rows, x.element_size(), precision == "ieee" and x.dtype == torch.float32)
     down, across = -(-outs // tile.outs), -(-rows // tile.rows)
     splits = launch.splits(down * across, -(-depth // tile.depth), operands.multiprocessors(x.device))
     strides = weight.stride()[::-1] if transposed else weight.stride()
@@ -289,6 +298,7 @@ def _dual_product(
             PRECISION=precision,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=launch.most_registers(launch.capability(x.device)),
             enable_fp_fusion=False,
         )
     return out

@@ -73,9 +73,9 @@ def steps_of(step, block, flags, R: tl.constexpr, PER_ROW: tl.constexpr):
 
 
 @triton.jit
-def _write_fake_quantized(weight, mask, out, offsets, step, largest, inside, FULL: tl.constexpr):
+def _write_fake_quantized(weight, mask, out, offsets, step, inverse, largest, inside, FULL: tl.constexpr):
     w, kept = read(weight + offsets, inside, FULL), read(mask + offsets, inside, FULL)  # [R, K]
-    write(out + offsets, quantized(w, kept, reciprocal(step), largest) * step, inside, FULL)
+    write(out + offsets, quantized(w, kept, inverse, largest) * step, inside, FULL)
 
 
 @triton.jit
@@ -97,15 +97,15 @@ def _forward(
     layer = tl.load(block + LAYER)
     start, offsets, inside, full = tile_of(block, R, K, VEC, PER_ROW, ALIGNED)
     step = steps_of(pick(steps, layer, COUNT), block, flags, R, PER_ROW)
-    largest = tl.load(block + LARGEST).to(tl.float32)
+    inverse, largest = reciprocal(step), tl.load(block + LARGEST).to(tl.float32)
     weight, mask, out = pick(weights, layer, COUNT), pick(masks, layer, COUNT), pick(outs, layer, COUNT)
     if ALIGNED:
         weight, mask, out = tl.multiple_of(weight, 16), tl.multiple_of(mask, 16), tl.multiple_of(out, 16)
     weight, mask, out = weight + start, mask + start, out + start
     if full:
-        _write_fake_quantized(weight, mask, out, offsets, step, largest, inside, True)
+        _write_fake_quantized(weight, mask, out, offsets, step, inverse, largest, inside, True)
     else:
-        _write_fake_quantized(weight, mask, out, offsets, step, largest, inside, False)
+        _write_fake_quantized(weight, mask, out, offsets, step, inverse, largest, inside, False)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def _write_gradient(
     mask,
     out,
     offsets,
-    step,
+    inverse,
     largest,
     inside,
     FULL: tl.constexpr,
@@ -126,7 +126,7 @@ def _write_gradient(
     """Writes a tile's ``dL/dw``; gives its terms of ``dL/dS``, fp32 [R, K]."""
     g = read(grad + offsets, inside, FULL).to(tl.float32)
     kept = read(mask + offsets, inside, FULL)
-    unclipped = scaled(read(weight + offsets, inside, FULL), kept, reciprocal(step))
+    unclipped = scaled(read(weight + offsets, inside, FULL), kept, inverse)
     v = clip(unclipped, largest)
     terms = g * (rounded(v) - tl.where(tl.abs(v) < largest, v, 0.0))
     if CLIPPED:
@@ -166,7 +166,7 @@ def _backward(
     layer = tl.load(block + LAYER)
     start, offsets, inside, full = tile_of(block, R, K, VEC, PER_ROW, ALIGNED)
     step = steps_of(pick(steps, layer, COUNT), block, flags, R, PER_ROW)
-    largest = tl.load(block + LARGEST).to(tl.float32)
+    inverse, largest = reciprocal(step), tl.load(block + LARGEST).to(tl.float32)
     grad, weight, mask = pick(grads, layer, COUNT), pick(weights, layer, COUNT), pick(masks, layer, COUNT)
     out = pick(grad_weights, layer, COUNT)
     if ALIGNED:
@@ -175,11 +175,11 @@ def _backward(
     grad, weight, mask, out = grad + start, weight + start, mask + start, out + start
     if full:
         terms = _write_gradient(
-            grad, weight, mask, out, offsets, step, largest, inside, True, CLIPPED, MASKED, NEED_WEIGHT
+            grad, weight, mask, out, offsets, inverse, largest, inside, True, CLIPPED, MASKED, NEED_WEIGHT
         )
     else:
         terms = _write_gradient(
-            grad, weight, mask, out, offsets, step, largest, inside, False, CLIPPED, MASKED, NEED_WEIGHT
+            grad, weight, mask, out, offsets, inverse, largest, inside, False, CLIPPED, MASKED, NEED_WEIGHT
         )
     if NEED_STEP:
         # Each program writes its sum; the last of those that share a step adds them up, in the order of the blocks.

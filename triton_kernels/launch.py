@@ -61,11 +61,16 @@ class Product:
     stages: int
 
 
-def dual_product(rows: int, outs: int, depth: int, on_cores: bool) -> Product:
+def dual_product(rows: int, itemsize: int, on_cores: bool) -> Product:
     """For a product with the weight. ``on_cores``: fp32 without tensor cores, where small tiles keep registers free."""
     if on_cores:
         return Product(16, 64, 32, 4, 3)
-    return Product(min(max(next_power_of_2(rows), 16), 64), 64, 64, 4, 3)
+    return Product(min(max(next_power_of_2(rows), 16), 64), 64, 32 if itemsize == 4 else 64, 4, 3)
+
+
+def most_registers(capability: int) -> int | None:
+    """For products with the weight: all that a thread can have on Blackwell, where the assembler would rather spill."""
+    return 255 if capability >= 100 else None
 
 
 def splits(tiles: int, depths: int, multiprocessors: int) -> int:
@@ -90,9 +95,10 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def fp32_products() -> str:
-    """How PyTorch multiplies fp32 matrices: "ieee", or "tf32" on tensor cores."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def fp32_products(convolution: bool = False) -> str:
+    """How PyTorch is set to multiply fp32 matrices, or convolve: "ieee", or "tf32" on tensor cores."""
+    setting = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    return "tf32" if setting.fp32_precision == "tf32" else "ieee"
 
 
 # For choosing between ways, a Hopper GPU in round numbers: bytes/s, operations/s of tensor cores by the bytes of a
@@ -121,7 +127,7 @@ def fuses_linear(rows: int, outs: int, ins: int, dtype: torch.dtype, capability:
     weights, itemsize = outs * ins, dtype.itemsize
     rate = CORES if on_cores else TENSOR_CORES[itemsize]
     products = 4 * rows * weights / rate
-    tiles = -(-rows // dual_product(rows, outs, ins, on_cores).rows)
+    tiles = -(-rows // dual_product(rows, itemsize, on_cores).rows)
     one_launch = max(5 * weights / BANDWIDTH, products / OWN_PRODUCTS, tiles * QUANTIZER * weights / LANES)
     cast = 0 if itemsize == 4 else 4 + itemsize
     separate = 3 * LAUNCH + (5 + 3 * itemsize + cast) * weights / BANDWIDTH + products

@@ -87,12 +87,11 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 _flags: dict[torch.device, Tensor] = {}
 
-BAD_STEP = 1  # a step size that is not a positive, finite number
-NOT_FINITE = 2  # NaN or infinity among weights that were to be ranked
+NOT_FINITE = 1  # where in the flags: NaN or infinity among weights that were to be ranked; 0 is a bad step size
 
 
 def error_flags(device: torch.device) -> Tensor:
-    """int32 [2]: kernels write 1 at ``BAD_STEP - 1`` or ``NOT_FINITE - 1``; read and reset without haste."""
+    """int32 [2] on the device, to which kernels write 1 for what they find wrong; see :func:`pqk_fast.gpu.errors`."""
     found = _flags.get(device)
     if found is None:
         found = _flags[device] = torch.zeros(2, dtype=torch.int32, device=device)

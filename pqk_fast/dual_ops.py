@@ -126,7 +126,7 @@ def _convolve(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, *shap
     stride, padding, dilation, groups = shape
     cudnn = torch.backends.cudnn
     if x.is_cuda and out.numel() and x.numel() and cudnn.enabled and cudnn.is_acceptable(x):
-        how = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+        how = (cudnn.benchmark, cudnn.deterministic, launch.fp32_products(convolution=True) == "tf32")
         memory_format = _memory_format(out, out)
         x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
         torch.ops.aten.cudnn_convolution.out(x, weight, padding, stride, dilation, groups, *how, out=out)

@@ -1,0 +1,106 @@
+"""Launchers called for GPUs that are not here: ``python compiled_cases.py 90`` prints what their kernels became.
+
+A process of its own, because TRITON_INTERPRET must not be set. The summaries are lists of JSON, one entry a launch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+from machine_code import compiled_only  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from pqk_fast.triton_kernels import dual_forward, fake_quant, launch, operands  # noqa: E402
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+Layer = tuple[Tensor, Tensor, Tensor, int]
+
+
+def layer(shape: tuple[int, ...] = (256, 512), dtype: torch.dtype = FP32, steps: int = 1) -> Layer:
+    return torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=torch.bool), torch.ones(steps), 4
+
+
+def layers(dtype: torch.dtype, count: int = 8, steps: int = 1) -> list[list]:
+    return [list(each) for each in zip(*[layer(dtype=dtype, steps=steps) for _ in range(count)], strict=True)]
+
+
+def grads_of(lists: list[list]) -> list[Tensor]:
+    return [weight.clone() for weight in lists[0]]
+
+
+def rows(count: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(2 * count, columns, dtype=dtype)
+
+
+def all_layers(dtype: torch.dtype, steps: int = 1) -> dict[str, Callable[[], object]]:
+    lists = layers(dtype, steps=steps)
+    name = f"{str(dtype).removeprefix('torch.')}{', a step a channel' if steps > 1 else ''}"
+    backward = fake_quant.fake_quant_all_backward
+    return {
+        f"fake_quant {name}": lambda: fake_quant.fake_quant_all(*lists, dtype),
+        f"fake_quant backward {name}": lambda: backward(grads_of(lists), *lists, False, False, False, True),
+        f"fake_quant backward clipped {name}": lambda: backward(grads_of(lists), *lists, True, True, True, True),
+    }
+
+
+def linear(dtype: torch.dtype, steps: int = 1, count: int = 64) -> dict[str, Callable[[], object]]:
+    one = layer((4096, 4096), FP32 if dtype == BF16 else dtype, steps)
+    x, grad = rows(count, 4096, dtype), rows(count, 4096, dtype)
+    name = f"{str(dtype).removeprefix('torch.')}{', a step a channel' if steps > 1 else ''}"
+    backward = dual_forward.dual_linear_backward
+    return {
+        f"dual_linear {name}": lambda: dual_forward.dual_linear(x, *one, None, False),
+        f"dual_linear dx {name}": lambda: backward(grad, x, *one, False, False, True, False),
+        f"dual_linear dw {name}": lambda: backward(grad, x, *one, True, False, False, True),
+    }
+
+
+def tf32(cases: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    def with_tf32(run: Callable[[], object]) -> Callable[[], object]:
+        def inner() -> None:
+            torch.set_float32_matmul_precision("high")
+            run()
+            torch.set_float32_matmul_precision("highest")
+
+        return inner
+
+    return {name.replace("float32", "tf32"): with_tf32(run) for name, run in cases.items()}
+
+
+CASES: dict[str, Callable[[], object]] = {
+    **all_layers(FP32),
+    **all_layers(BF16),
+    **all_layers(FP32, steps=256),
+    "dual weight gradient": lambda: dual_forward.dual_weight_backward(
+        layer()[0], layer()[0], *layer()[:3], 4, clipped=True
+    ),
+    **linear(BF16),
+    **linear(BF16, steps=4096),
+    **linear(FP16),
+    **tf32(linear(FP32)),
+    **linear(FP32, count=16),
+}
+
+
+def main(architecture: int) -> None:
+    operands.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    launch.capability = lambda device: architecture
+    summaries = []
+    with compiled_only(architecture) as launches:
+        for name, run in CASES.items():
+            launches.clear()
+            run()
+            summaries += [{"case": name, **launch.summary()} for launch in launches]
+    print(json.dumps(summaries))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

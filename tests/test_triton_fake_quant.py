@@ -1,0 +1,151 @@
+"""The launchers themselves, interpreted: lists of layers, tickets, flags. tests/test_fake_quant.py has the arithmetic.
+
+The tests of the operations run on these kernels too where the CPU's operations are Triton's (see the Makefile).
+"""
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    STE,
+    Case,
+    assert_within,
+    normal_like,
+    package,
+    quantizer_inputs,
+    same_bits,
+    step_gradient_magnitude,
+)
+
+from pqk_fast import dispatch, gpu, reference
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
+
+
+@pytest.fixture
+def kernels():
+    package("triton")
+    from pqk_fast.triton_kernels import fake_quant
+
+    return fake_quant
+
+
+@pytest.fixture
+def operands():
+    package("triton")
+    from pqk_fast.triton_kernels import operands
+
+    operands.error_flags(torch.device("cpu")).zero_()
+    yield operands
+    operands.error_flags(torch.device("cpu")).zero_()
+
+
+def some_layers(count: int, dtype: torch.dtype = torch.float32) -> list[list]:
+    """Layers of all cases in turn; some share a step size, some have one a channel."""
+    cases = [CASES[i % len(CASES)] for i in range(count)]
+    made = [quantizer_inputs(case, 2 + i % 7, dtype, seed=i) for i, case in enumerate(cases)]
+    return [list(each) for each in zip(*made, strict=True)] + [[2 + i % 7 for i in range(count)]]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 150])
+def test_layers_of_any_number_and_kind(kernels, count: int) -> None:
+    """More than a launch takes; a step size each, and one a channel, side by side."""
+    lists = some_layers(count)
+    made = kernels.fake_quant_all(*lists, torch.float32)
+    for out, *layer in zip(made, *lists, strict=True):
+        same_bits(out, reference.fake_quant(*layer))
+        assert out.stride() == torch.empty_like(layer[0]).stride()
+
+
+@pytest.mark.parametrize(("ste", "mask_gradients"), STE)
+def test_gradients_of_many_layers(kernels, operands, ste: str, mask_gradients: bool) -> None:
+    lists = some_layers(40)
+    grads = [normal_like(weight, seed=i) for i, weight in enumerate(lists[0])]
+    flags = (ste == "clipped", mask_gradients, True, True)
+    for _ in range(2):  # the tickets must have gone back to zero
+        grad_weights, grad_steps = kernels.fake_quant_all_backward(grads, *lists, *flags)
+        for grad, of_weight, of_step, *layer in zip(grads, grad_weights, grad_steps, *lists, strict=True):
+            expected, expected_step = reference.fake_quant_backward(grad, *layer, ste, mask_gradients)
+            assert torch.equal(of_weight, expected)
+            assert of_weight.stride() == torch.empty_like(layer[0]).stride()
+            assert_within(of_step, expected_step, step_gradient_magnitude(grad, *layer), torch.float32)
+        assert all(not tickets.any() for tickets in operands._counters.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steps", ["[1]", "[C]"])
+def test_many_programs_share_a_step(kernels, steps: str, dtype: torch.dtype) -> None:
+    weight, mask, step = quantizer_inputs(Case((5, 10_007), step=steps), 4, dtype)
+    grad = normal_like(weight).to(torch.float32)
+    made, of_step = kernels.fake_quant_backward(grad, weight, mask, step, 4, True, False, True, True)
+    expected, expected_step = reference.fake_quant_backward(grad, weight, mask, step, 4, "clipped")
+    assert torch.equal(made, expected)
+    assert_within(of_step, expected_step, step_gradient_magnitude(grad, weight, mask, step, 4), torch.float32)
+    again = kernels.fake_quant_backward(grad, weight, mask, step, 4, True, False, True, True)
+    assert torch.equal(of_step, again[1])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_steps_that_clip_everything_and_nothing(kernels, scale: float, kept: bool) -> None:
+    weight, mask, step = quantizer_inputs(Case((13, 31)))
+    mask.fill_(kept)
+    same_bits(
+        kernels.fake_quant(weight, mask, step * scale, 4, torch.float32),
+        reference.fake_quant(weight, mask, step * scale, 4),
+    )
+    for need_weight, need_step in [(True, False), (False, True)]:
+        made = kernels.fake_quant_backward(weight, weight, mask, step * scale, 4, True, False, need_weight, need_step)
+        expected = reference.fake_quant_backward(weight, weight, mask, step * scale, 4, "clipped")
+        for needed, one, other in zip((need_weight, need_step), made, expected, strict=True):
+            assert one.numel() == (other.numel() if needed else 0)
+        if need_weight:
+            assert torch.equal(made[0], expected[0])
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [CASES[6], CASES[10], CASES[14], CASES[18]], ids=str)
+def test_the_bits_are_those_of_the_cpp_library(kernels, case: Case, dtype: torch.dtype) -> None:
+    weight, mask, step = quantizer_inputs(case, 4, dtype)
+    grad = normal_like(weight)
+    for out in DTYPES:
+        same_bits(kernels.fake_quant(weight, mask, step, 4, out), dispatch.fake_quant(weight, mask, step, 4, out))
+    settings = (grad, weight, mask, step, 4, True, True, True, False)
+    assert torch.equal(kernels.fake_quant_backward(*settings)[0], dispatch.fake_quant_backward(*settings)[0])
+
+
+def test_a_list_of_mixed_dtypes(kernels) -> None:
+    layers = [quantizer_inputs(Case((13, 31)), 4, dtype, seed=i) for i, dtype in enumerate([*DTYPES, *DTYPES])]
+    lists = [list(each) for each in zip(*layers, strict=True)]
+    made = kernels.fake_quant_all(*lists, [4] * 6, torch.bfloat16)
+    for out, layer in zip(made, layers, strict=True):
+        same_bits(out, reference.fake_quant(*layer, 4, torch.bfloat16))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("steps", ["[1]", "[C]"])
+def test_a_bad_step_raises_the_flag(kernels, operands, steps: str, bad: float) -> None:
+    cpu = torch.device("cpu")
+    weight, mask, step = quantizer_inputs(Case((13, 31), step=steps))
+    kernels.fake_quant(weight, mask, step, 4, torch.float32)
+    assert not gpu.errors(cpu)
+    step[-1] = bad
+    kernels.fake_quant(weight, mask, step, 4, torch.float32)
+    assert gpu.errors(cpu)
+    assert not gpu.errors(cpu), "reading the flag lowers it"
+    kernels.fake_quant_backward(weight, weight, mask, step, 4, False, False, False, True)
+    assert gpu.errors(cpu)
+
+
+def test_non_finite_weights_give_what_the_definition_gives(kernels) -> None:
+    weight = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -0.0, torch.nan])
+    mask = torch.tensor([True, True, True, True, True, False])
+    step = torch.tensor([0.5])
+    made, expected = (f(weight, mask, step, 4, torch.float32) for f in (kernels.fake_quant, reference.fake_quant))
+    assert torch.equal(made.nan_to_num(77.0), expected.nan_to_num(77.0))
+    grads = kernels.fake_quant_backward(weight, weight, mask, step, 4, True, False, True, True)
+    expected = reference.fake_quant_backward(weight, weight, mask, step, 4, "clipped")
+    for one, other in zip(grads, expected, strict=True):
+        assert torch.equal(one.nan_to_num(77.0), other.nan_to_num(77.0))
