@@ -105,7 +105,7 @@ paper='data=${PQK_FAST_DATA:-}
 if [ ! -d "$data/yes" ]; then data=$2/words && "$0" bench/made_up_words.py "$data"; fi &&
 "$0" -m pqk_fast train --recipe demo --data "$data" --device "$1" --out "$2/paper" "${@:3}"'
 workers=()
-mapfile -t gpu_tests < <(grep -lE 'mark\.gpu|DEVICES' tests/test_*.py)
+mapfile -t gpu_tests < <(grep -lE 'mark\.gpu|DEVICES|KERNEL_DEVICE' tests/test_*.py)
 
 if [ "$device" = cpu ]; then
     brief=(--seconds 0.02 --threads 1 --without torch.compile)

@@ -24,6 +24,15 @@ LAUNCHERS = {
     "dual_weight_backward": "dual_forward",
     "dual_linear": "dual_forward",
     "dual_linear_backward": "dual_forward",
+    "topk_mask_": "topk_mask",
+    "magnitude_histogram": "topk_mask",
+    "tie_counts": "topk_mask",
+    "mask_at_threshold_": "topk_mask",
+    "group_mask_": "group_mask",
+    "pack_ints": "int4",
+    "unpack_ints": "int4",
+    "pack_bits": "int4",
+    "unpack_bits": "int4",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,9 @@ DTYPES = list(TOLERANCES)
 # (estimator, mask_gradients)
 STE = [("identity", False), ("identity", True), ("clipped", False), ("clipped", True)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Tests that call Triton's launchers themselves do so on the GPU, or interpreted where there is none.
+KERNEL_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+on_kernel_device = pytest.mark.gpu if KERNEL_DEVICE.type == "cuda" else pytest.mark.interpreter
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,14 @@ def with_gradients(*tensors: Tensor) -> list[Tensor]:
 
 def required(capability: str) -> bool:
     return os.environ.get(f"PQK_FAST_REQUIRE_{capability}") == "1"
+
+
+def needs_triton() -> None:
+    """Leaves a test file out where there is no Triton; an error if PQK_FAST_REQUIRE_{INTERPRETER,GPU}=1."""
+    if importlib.util.find_spec("triton") is None:
+        if required("INTERPRETER") or required("GPU"):
+            raise ImportError("PQK_FAST_REQUIRE_INTERPRETER=1 or PQK_FAST_REQUIRE_GPU=1, but there is no Triton")
+        pytest.skip("needs Triton", allow_module_level=True)
 
 
 def package(name: str) -> Any:

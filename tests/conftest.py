@@ -22,7 +22,7 @@ from hypothesis import settings
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from pqk_fast import gpu, native  # noqa: E402
+from pqk_fast import gpu, native
 
 settings.register_profile("pqk_fast", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("pqk_fast")

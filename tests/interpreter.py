@@ -1,4 +1,4 @@
-"""bfloat16 in Triton's interpreter (3.6), which truncates where GPUs round, and multiplies the bits as integers."""
+"""bfloat16 in Triton's interpreter (3.6): it truncates where GPUs round, garbles denormals and multiplies the bits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def mend() -> None:
-    """Make conversions to bf16 round, and products of bf16 multiply values, summed in fp32."""
+    """Make conversions from and to bf16 right, and products of bf16 multiply values, summed in fp32."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
             return TensorHandle(to_bf16(source.data), tl.bfloat16)
+        if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+            return TensorHandle(from_bf16(source.data), tl.float32)
         return cast(self, source, target)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
@@ -35,4 +37,4 @@ def mend() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
-    InterpreterBuilder.create_fp_trunc = cast_impl
+    InterpreterBuilder.create_fp_trunc = InterpreterBuilder.create_fp_ext = cast_impl

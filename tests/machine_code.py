@@ -122,6 +122,7 @@ class Launch:
             "spills": self.spills,
             "loaded": self.bytes_moved("LDG"),
             "stored": self.bytes_moved("STG"),
+            "rounds": sum("FADD" in line and "12582912" in line for line in self.sass),
             "fused_roundings": self.fused_roundings(),
             **{kind: self.count(kind.replace(".", r"\.") + r"[.\w]*") for kind in kinds},
         }

@@ -164,6 +164,18 @@ def test_step_sizes_stay_positive():
     assert all(layer.weight_step.item() == pytest.approx(1e-12) for layer in pqk_layers(model).values())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_size_that_is_no_number_is_refused_by_the_layers_name(bad: float) -> None:
+    model = prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), PQKConfig(mask_interval=2))
+    pruner = Pruner(model, steps=10, epoch_steps=5)
+    model(torch.ones(1, 8))
+    with torch.no_grad():
+        model[1].weight_step.fill_(bad)
+    pruner.step()
+    with pytest.raises(ValueError, match=rf"the step size of layer '1' is no positive number any more \({bad}"):
+        pruner.step()
+
+
 def test_nan_weights_are_refused_by_the_layers_name():
     model = prepare(small_model(), PQKConfig(mask_interval=1))
     pruner = Pruner(model, 10, 5)

@@ -1,55 +1,56 @@
-"""The launchers themselves, interpreted: lists of layers, tickets, flags. tests/test_fake_quant.py has the arithmetic.
+"""The launchers of fake_quant themselves, on a GPU or interpreted: lists of layers, tickets, flags.
 
-The tests of the operations run on these kernels too where the CPU's operations are Triton's (see the Makefile).
+The arithmetic is tested through the operations (test_fake_quant.py), which run on these kernels on a GPU, and on the
+CPU where there is no C++ library and Triton is interpreted.
 """
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import (
     CASES,
     DTYPES,
+    KERNEL_DEVICE,
     STE,
     Case,
     assert_within,
+    needs_triton,
     normal_like,
-    package,
+    on_kernel_device,
     quantizer_inputs,
     same_bits,
     step_gradient_magnitude,
 )
 
+needs_triton()
+
 from pqk_fast import dispatch, gpu, reference
+from pqk_fast.triton_kernels import fake_quant as kernels
+from pqk_fast.triton_kernels import operands
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
-
-
-@pytest.fixture
-def kernels():
-    package("triton")
-    from pqk_fast.triton_kernels import fake_quant
-
-    return fake_quant
+pytestmark = on_kernel_device
+poisoned = pytest.mark.usefixtures("poisoned_memory")
+DEVICE = KERNEL_DEVICE
 
 
-@pytest.fixture
-def operands():
-    package("triton")
-    from pqk_fast.triton_kernels import operands
-
-    operands.error_flags(torch.device("cpu")).zero_()
-    yield operands
-    operands.error_flags(torch.device("cpu")).zero_()
+@pytest.fixture(autouse=True)
+def _flags_down() -> Iterator[None]:
+    operands.error_flags(DEVICE).zero_()
+    yield
+    operands.error_flags(DEVICE).zero_()
 
 
 def some_layers(count: int, dtype: torch.dtype = torch.float32) -> list[list]:
     """Layers of all cases in turn; some share a step size, some have one a channel."""
     cases = [CASES[i % len(CASES)] for i in range(count)]
-    made = [quantizer_inputs(case, 2 + i % 7, dtype, seed=i) for i, case in enumerate(cases)]
+    made = [quantizer_inputs(case, 2 + i % 7, dtype, DEVICE.type, seed=i) for i, case in enumerate(cases)]
     return [list(each) for each in zip(*made, strict=True)] + [[2 + i % 7 for i in range(count)]]
 
 
+@poisoned
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 150])
-def test_layers_of_any_number_and_kind(kernels, count: int) -> None:
+def test_layers_of_any_number_and_kind(count: int) -> None:
     """More than a launch takes; a step size each, and one a channel, side by side."""
     lists = some_layers(count)
     made = kernels.fake_quant_all(*lists, torch.float32)
@@ -58,8 +59,9 @@ def test_layers_of_any_number_and_kind(kernels, count: int) -> None:
         assert out.stride() == torch.empty_like(layer[0]).stride()
 
 
+@poisoned
 @pytest.mark.parametrize(("ste", "mask_gradients"), STE)
-def test_gradients_of_many_layers(kernels, operands, ste: str, mask_gradients: bool) -> None:
+def test_gradients_of_many_layers(ste: str, mask_gradients: bool) -> None:
     lists = some_layers(40)
     grads = [normal_like(weight, seed=i) for i, weight in enumerate(lists[0])]
     flags = (ste == "clipped", mask_gradients, True, True)
@@ -73,10 +75,11 @@ def test_gradients_of_many_layers(kernels, operands, ste: str, mask_gradients: b
         assert all(not tickets.any() for tickets in operands._counters.values())
 
 
+@poisoned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("steps", ["[1]", "[C]"])
-def test_many_programs_share_a_step(kernels, steps: str, dtype: torch.dtype) -> None:
-    weight, mask, step = quantizer_inputs(Case((5, 10_007), step=steps), 4, dtype)
+def test_many_programs_share_a_step(steps: str, dtype: torch.dtype) -> None:
+    weight, mask, step = quantizer_inputs(Case((5, 10_007), step=steps), 4, dtype, DEVICE.type)
     grad = normal_like(weight).to(torch.float32)
     made, of_step = kernels.fake_quant_backward(grad, weight, mask, step, 4, True, False, True, True)
     expected, expected_step = reference.fake_quant_backward(grad, weight, mask, step, 4, "clipped")
@@ -86,10 +89,11 @@ def test_many_programs_share_a_step(kernels, steps: str, dtype: torch.dtype) -> 
     assert torch.equal(of_step, again[1])
 
 
+@poisoned
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_steps_that_clip_everything_and_nothing(kernels, scale: float, kept: bool) -> None:
-    weight, mask, step = quantizer_inputs(Case((13, 31)))
+def test_steps_that_clip_everything_and_nothing(scale: float, kept: bool) -> None:
+    weight, mask, step = quantizer_inputs(Case((13, 31)), device=DEVICE.type)
     mask.fill_(kept)
     same_bits(
         kernels.fake_quant(weight, mask, step * scale, 4, torch.float32),
@@ -104,48 +108,72 @@ def test_steps_that_clip_everything_and_nothing(kernels, scale: float, kept: boo
             assert torch.equal(made[0], expected[0])
 
 
+@poisoned
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CASES[6], CASES[10], CASES[14], CASES[18]], ids=str)
-def test_the_bits_are_those_of_the_cpp_library(kernels, case: Case, dtype: torch.dtype) -> None:
+def test_the_bits_are_those_of_the_cpp_library(case: Case, dtype: torch.dtype) -> None:
     weight, mask, step = quantizer_inputs(case, 4, dtype)
     grad = normal_like(weight)
+    there = [tensor.to(DEVICE) for tensor in (weight, mask, step)]
     for out in DTYPES:
-        same_bits(kernels.fake_quant(weight, mask, step, 4, out), dispatch.fake_quant(weight, mask, step, 4, out))
-    settings = (grad, weight, mask, step, 4, True, True, True, False)
-    assert torch.equal(kernels.fake_quant_backward(*settings)[0], dispatch.fake_quant_backward(*settings)[0])
+        made = kernels.fake_quant(*there, 4, out)
+        same_bits(made.cpu(), dispatch.fake_quant(weight, mask, step, 4, out))
+    settings = (4, True, True, True, False)
+    made, _ = kernels.fake_quant_backward(grad.to(DEVICE), *there, *settings)
+    assert torch.equal(made.cpu(), dispatch.fake_quant_backward(grad, weight, mask, step, *settings)[0])
 
 
-def test_a_list_of_mixed_dtypes(kernels) -> None:
-    layers = [quantizer_inputs(Case((13, 31)), 4, dtype, seed=i) for i, dtype in enumerate([*DTYPES, *DTYPES])]
+@poisoned
+def test_a_list_of_mixed_dtypes() -> None:
+    dtypes = [*DTYPES, *DTYPES]
+    layers = [quantizer_inputs(Case((13, 31)), 4, dtype, DEVICE.type, seed=i) for i, dtype in enumerate(dtypes)]
     lists = [list(each) for each in zip(*layers, strict=True)]
     made = kernels.fake_quant_all(*lists, [4] * 6, torch.bfloat16)
     for out, layer in zip(made, layers, strict=True):
         same_bits(out, reference.fake_quant(*layer, 4, torch.bfloat16))
 
 
+@poisoned
 @pytest.mark.parametrize("bad", [0.0, -1.0, torch.inf, torch.nan])
 @pytest.mark.parametrize("steps", ["[1]", "[C]"])
-def test_a_bad_step_raises_the_flag(kernels, operands, steps: str, bad: float) -> None:
-    cpu = torch.device("cpu")
-    weight, mask, step = quantizer_inputs(Case((13, 31), step=steps))
+def test_a_bad_step_raises_the_flag(steps: str, bad: float) -> None:
+    weight, mask, step = quantizer_inputs(Case((13, 31), step=steps), device=DEVICE.type)
     kernels.fake_quant(weight, mask, step, 4, torch.float32)
-    assert not gpu.errors(cpu)
+    assert not gpu.errors(DEVICE)
     step[-1] = bad
     kernels.fake_quant(weight, mask, step, 4, torch.float32)
-    assert gpu.errors(cpu)
-    assert not gpu.errors(cpu), "reading the flag lowers it"
+    assert gpu.errors(DEVICE)
+    assert not gpu.errors(DEVICE), "reading the flag lowers it"
     kernels.fake_quant_backward(weight, weight, mask, step, 4, False, False, False, True)
-    assert gpu.errors(cpu)
+    assert gpu.errors(DEVICE)
 
 
-def test_non_finite_weights_give_what_the_definition_gives(kernels) -> None:
-    weight = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -0.0, torch.nan])
-    mask = torch.tensor([True, True, True, True, True, False])
-    step = torch.tensor([0.5])
+@poisoned
+def test_non_finite_weights_give_what_the_definition_gives() -> None:
+    weight = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -0.0, torch.nan], device=DEVICE)
+    mask = torch.tensor([True, True, True, True, True, False], device=DEVICE)
+    step = torch.tensor([0.5], device=DEVICE)
     made, expected = (f(weight, mask, step, 4, torch.float32) for f in (kernels.fake_quant, reference.fake_quant))
     assert torch.equal(made.nan_to_num(77.0), expected.nan_to_num(77.0))
     grads = kernels.fake_quant_backward(weight, weight, mask, step, 4, True, False, True, True)
     expected = reference.fake_quant_backward(weight, weight, mask, step, 4, "clipped")
     for one, other in zip(grads, expected, strict=True):
         assert torch.equal(one.nan_to_num(77.0), other.nan_to_num(77.0))
+
+
+@pytest.mark.parametrize("steps", ["[1]", "[C]"])
+def test_more_weights_than_32_bits_count(monkeypatch: pytest.MonkeyPatch, steps: str) -> None:
+    """Only the last programs of a launch: the memory before their tiles is reserved, but never touched."""
+    rows, columns = 3, 2**30 + 100
+    tail = quantizer_inputs(Case((1, 5000)), 4, torch.float16, DEVICE.type)
+    weight, mask = (torch.empty(rows, columns, dtype=t.dtype, device=DEVICE) for t in tail[:2])
+    weight[-1, -5000:], mask[-1, -5000:] = tail[0][0], tail[1][0]
+    step = torch.full((rows,), float(tail[2]), device=DEVICE) if steps == "[C]" else tail[2]
+    table = kernels._blocks
+    monkeypatch.setattr(kernels, "_blocks", lambda *settings: table(*settings)[-4:].clone())
+    out = kernels.fake_quant(weight, mask, step, 4, torch.float16)
+    same_bits(out[-1, -3000:], reference.fake_quant(*tail, 4)[0, -3000:])
+    made, _ = kernels.fake_quant_backward(weight, weight, mask, step, 4, True, False, True, False)
+    expected, _ = reference.fake_quant_backward(tail[0], *tail, 4, "clipped")
+    assert torch.equal(made[-1, -3000:], expected[0, -3000:])

@@ -206,7 +206,7 @@ def _backward(
 Shape = tuple[int, int, int]  # rows (step sizes), columns (weights of each), bits
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without a limit: captured graphs know the tables by their addresses
 def _blocks(shapes: tuple[Shape, ...], tile: launch.Tile, per_row: bool, device: torch.device) -> Tensor:
     """The table of blocks, int64 [programs, FIELDS], on the device: made once for the layers of a model."""
     parts, first = [], 0
