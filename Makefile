@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make sanitize | make install; each makes .venv first if it is missing.
+# make demo | make test | make lint | make sanitize | make interpret | make install; each makes .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint sanitize clean
+.PHONY: install demo test lint sanitize interpret clean
 
 install: $(VENV)/installed $(VENV)/library
 
@@ -38,6 +38,12 @@ sanitize: install
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PQK_FAST_REQUIRE_NATIVE=1 PQK_FAST_LIBRARY=$(SANITIZED)/pqk_fast/_C.abi3.so \
 	  $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py tests/test_batch_norm.py tests/test_dual_forward.py -k 'not opcheck' --capture=no -q
+
+# The tests of the operations on the GPU's kernels, which Triton's interpreter runs on the CPU.
+OPERATIONS := dispatch fake_quant topk_mask int4 dual_forward fusion masks layers ops
+interpret: install
+	TRITON_INTERPRET=1 PQK_FAST_NATIVE=0 PQK_FAST_REQUIRE_INTERPRETER=1 \
+	  $(BIN)/python -m pytest -q -k 'not large' $(OPERATIONS:%=tests/test_%.py)
 
 clean:
 	rm -rf build dist *.egg-info pqk_fast/_C*.so $(VENV)/library .pytest_cache .ruff_cache .mypy_cache
