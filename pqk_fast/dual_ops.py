@@ -109,31 +109,41 @@ def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if torch.channels_last in like else torch.contiguous_format
 
 
+def _image(x: Tensor, weight: Tensor, *shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    each = zip(x.shape[2:], weight.shape[2:], *shape, strict=True)
+    height, width = ((size + 2 * pad - apart * (taps - 1) - 1) // by + 1 for size, taps, by, pad, apart in each)
+    return height, width
+
+
 def _images(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     """Memory for a convolution's output: ``[2B, C_out, H_out, W_out]``."""
-    sizes = [
-        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, dil in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    shape = (x.shape[0], weight.shape[0], *sizes)
+    shape = (x.shape[0], weight.shape[0], *_image(x, weight, stride, padding, dilation))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, weight))
 
 
+def _by_cudnn(x: Tensor, weight: Tensor, shape: tuple[list[int], ...], groups: int) -> bool:
+    """Whether torch's own convolution would be cuDNN's: not on a CPU, of nothing, or depthwise."""
+    cudnn = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
+    return bool(torch._C._select_conv_backend(x, weight, None, *shape, False, [0, 0], groups, None) == cudnn)
+
+
 def _convolve(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, *shape: Any) -> None:
-    """``out = conv2d(x, weight) + b``, by cuDNN in place."""
-    stride, padding, dilation, groups = shape
+    """``out = conv2d(x, weight) + b``, in place where cuDNN does it."""
+    *each, groups = shape
+    bias = None if bias is None else bias.to(x.dtype)
+    if not _by_cudnn(x, weight, tuple(each), groups):
+        out.copy_(F.conv2d(x, weight, bias, *shape))
+        return
+    stride, padding, dilation = each
     cudnn = torch.backends.cudnn
-    if x.is_cuda and out.numel() and x.numel() and cudnn.enabled and cudnn.is_acceptable(x):
-        how = (cudnn.benchmark, cudnn.deterministic, launch.fp32_products(convolution=True) == "tf32")
-        memory_format = _memory_format(out, out)
-        x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
-        torch.ops.aten.cudnn_convolution.out(x, weight, padding, stride, dilation, groups, *how, out=out)
-        if bias is not None:
-            out += bias.to(x.dtype).reshape(-1, 1, 1)
-    else:
-        out.copy_(F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), *shape))
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    how = (cudnn.benchmark, deterministic, launch.fp32_products(convolution=True) == "tf32")
+    torch.ops.aten.cudnn_convolution.out(x, weight, padding, stride, dilation, groups, *how, out=out)
+    if bias is not None:
+        out += bias.reshape(-1, 1, 1)
 
 
 def _conv2d(
@@ -194,8 +204,11 @@ def _conv2d_gradients(x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, 
     return grad_x.contiguous(memory_format=_memory_format(x, weight)) if needs[0] else grad_x, grad_weight
 
 
-def _fuses_conv2d(x: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> bool:
-    return launch.fuses_conv2d(tuple(x.shape), tuple(weight.shape), tuple(stride), groups, x.dtype)
+def _fuses_conv2d(x: Tensor, weight: Tensor, *shape: Any) -> bool:
+    *each, groups = shape
+    image, last = _image(x, weight, *each), _memory_format(x, weight) == torch.channels_last
+    how = (groups, x.dtype, last, launch.capability(x.device))
+    return launch.fuses_conv2d(tuple(x.shape), tuple(weight.shape), image, *how)
 
 
 # As dual_linear, for x [2B, C_in, H, W] and weights [C_out, C_in / groups, kh, kw].
@@ -206,9 +219,7 @@ dual_conv2d = dispatch.define(
     lambda x, weight, mask, step, bits, bias, stride, padding, dilation, *_: _images(
         x, weight, stride, padding, dilation
     ),
-    lambda x, weight, mask, step, bits, bias, stride, padding, dilation, groups, shared: _fuses_conv2d(
-        x, weight, stride, groups
-    ),
+    lambda x, weight, mask, step, bits, bias, *settings: _fuses_conv2d(x, weight, *settings[:4]),
 )
 dual_conv2d_backward = dispatch.define(
     "dual_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor step, int bits, int[] stride, "
@@ -216,9 +227,7 @@ dual_conv2d_backward = dispatch.define(
     "-> (Tensor, Tensor)",
     _conv2d_backward,
     lambda grad, x, weight, *settings: _conv2d_gradients(x, weight, *settings[-2:]),
-    lambda grad, x, weight, mask, step, bits, stride, padding, dilation, groups, *_: _fuses_conv2d(
-        x, weight, stride, groups
-    ),
+    lambda grad, x, weight, mask, step, bits, *settings: _fuses_conv2d(x, weight, *settings[:4]),
 )
 for _operation in (dual_linear, dual_linear_backward, dual_conv2d, dual_conv2d_backward):
     dispatch.one_by_one(_operation)

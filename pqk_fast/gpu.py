@@ -24,6 +24,8 @@ LAUNCHERS = {
     "dual_weight_backward": "dual_forward",
     "dual_linear": "dual_forward",
     "dual_linear_backward": "dual_forward",
+    "dual_conv2d": "dual_conv2d",
+    "dual_conv2d_backward": "dual_conv2d_backward",
     "topk_mask_": "topk_mask",
     "magnitude_histogram": "topk_mask",
     "tie_counts": "topk_mask",

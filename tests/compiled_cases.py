@@ -18,7 +18,27 @@ import torch
 from machine_code import compiled_only
 from torch import Tensor
 
-from pqk_fast.triton_kernels import dual_forward, fake_quant, group_mask, int4, launch, operands, topk_mask
+from pqk_fast.triton_kernels import (
+    dual_conv2d,
+    dual_conv2d_backward,
+    dual_forward,
+    fake_quant,
+    group_mask,
+    int4,
+    launch,
+    operands,
+    topk_mask,
+)
+    dual_conv2d,
+    dual_conv2d_backward,
+    dual_forward,
+    fake_quant,
+    group_mask,
+    int4,
+    launch,
+    operands,
+    topk_mask,
+)
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Layer = tuple[Tensor, Tensor, Tensor, int]
@@ -63,6 +83,21 @@ def linear(dtype: torch.dtype, steps: int = 1, count: int = 64) -> dict[str, Cal
     }
 
 
+def convolution(dtype: torch.dtype, channels_last: bool = False) -> dict[str, Callable[[], object]]:
+    """A layer of res8."""
+    one = layer((45, 45, 3, 3), FP32 if dtype == BF16 else dtype)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, grad = (torch.zeros(128, 45, 25, 13, dtype=dtype).contiguous(memory_format=layout) for _ in range(2))
+    shape = ([1, 1], [1, 1], [1, 1], 1)
+    name = f"{str(dtype).removeprefix('torch.')}{', channels_last' if channels_last else ''}"
+    backward = dual_conv2d_backward.dual_conv2d_backward
+    return {
+        f"dual_conv2d {name}": lambda: dual_conv2d.dual_conv2d(x, *one, None, *shape, False),
+        f"dual_conv2d dx {name}": lambda: backward(grad, x, *one, *shape, False, False, True, False),
+        f"dual_conv2d dw {name}": lambda: backward(grad, x, *one, *shape, True, False, False, True),
+    }
+
+
 def selection(dtype: torch.dtype, count: int = 20, first: int = 0) -> dict[str, Callable[[], object]]:
     """``first`` = 1: memory that is not aligned."""
     weights = [torch.zeros(1_000_000, dtype=dtype)[first:] for _ in range(count)]
@@ -92,9 +127,12 @@ def packing(bits: int) -> dict[str, Callable[[], object]]:
 def tf32(cases: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
     def with_tf32(run: Callable[[], object]) -> Callable[[], object]:
         def inner() -> None:
-            torch.set_float32_matmul_precision("high")
+            settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+            for setting in settings:
+                setting.fp32_precision = "tf32"
             run()
-            torch.set_float32_matmul_precision("highest")
+            for setting in settings:
+                setting.fp32_precision = "ieee"
 
         return inner
 
@@ -113,6 +151,12 @@ CASES: dict[str, Callable[[], object]] = {
     **linear(FP16),
     **tf32(linear(FP32)),
     **linear(FP32, count=16),
+    **convolution(BF16),
+    **convolution(BF16, channels_last=True),
+    **convolution(FP16),
+    **tf32(convolution(FP32)),
+    **tf32(convolution(FP32, channels_last=True)),
+    **convolution(FP32),
     **selection(FP32),
     **selection(BF16),
     **selection(FP32, first=1),
@@ -127,12 +171,13 @@ CASES: dict[str, Callable[[], object]] = {
 
 def left_out(name: str, architecture: int) -> bool:
     """Triton 3.6 gives Blackwell tf32 products where ieee is asked for; launch.py does not send them there."""
-    return architecture >= 100 and name.startswith("dual_linear") and name.endswith("float32")
+    return architecture >= 100 and name.startswith(("dual_linear", "dual_conv2d")) and name.endswith("float32")
 
 
 def main(architecture: int) -> None:
     operands.multiprocessors = lambda device: 132  # type: ignore[assignment]
     launch.capability = lambda device: architecture
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     summaries = []
     with compiled_only(architecture) as launches:
         for name, run in CASES.items():

@@ -123,6 +123,29 @@ print(json.dumps(counts))
     assert sorted(counts["backward"]) == ["_product", "_weight_gradient"]
 
 
+@pytest.mark.interpreter
+def test_a_dual_convolution_takes_one_launch_forward_and_two_backward() -> None:
+    program = (
+        COUNTING
+        + """
+from pqk_fast import ops
+w, m, s = torch.randn(5, 3, 3, 3, requires_grad=True), torch.rand(5, 3, 3, 3) < 0.5, torch.tensor([0.1])
+x = torch.randn(4, 3, 6, 5, requires_grad=True)
+out = ops.dual_conv2d(x, w, m, s, 4, padding=1).sum()
+count("forward")
+out.backward()
+count("backward")
+ops.dual_conv2d(x[:, :1], w.detach()[:, :1], m[:, :1], s, 4, groups=1, padding=1)
+count("again")
+ops.dual_conv2d(x, w.detach()[:3, :1], m[:3, :1], s, 4, groups=3)
+count("groups: the student's weight in one launch")
+print(json.dumps(counts))
+"""
+    )
+    counts = json.loads(interpreted(program))
+    assert [len(names) for names in counts.values()] == [1, 2, 1, 1]
+
+
 def dual_layers(weight: Tensor, mask: Tensor, step: Tensor, x: Tensor, images: Tensor) -> Tensor:
     kernel = weight[..., None, None]
     both = ops.dual_conv2d(images, kernel, mask[..., None, None], step, 4, padding=1)

@@ -7,23 +7,24 @@ arrive adds the parts up in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqk_fast.triton_kernels import operands
+from pqk_fast.reference import levels
+from pqk_fast.triton_kernels import launch, operands
 from pqk_fast.triton_kernels.dual_conv2d import (
     NOWHERE,
-    TYPES,
-    Pair,
     along,
     convolve,
     divided,
+    empty_images,
     index_type,
-    operand_layouts,
+    is_channels_last,
     reciprocal_of,
-    uses_tf32,
 )
 from pqk_fast.triton_kernels.tile_math import reciprocal, scaled
 
@@ -31,10 +32,9 @@ from pqk_fast.triton_kernels.tile_math import reciprocal, scaled
 @triton.jit
 def _product(grad, x, total, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr):
     """``total [BO, BK] + grad.T @ x`` with tiles [BR, .]; for channels_last they are [., BR]."""
-    if CHANNELS_LAST:
-        return tl.dot(grad, tl.trans(x), total, input_precision=PRECISION)
-    else:
-        return tl.dot(tl.trans(grad), x, total, input_precision=PRECISION)
+    left = grad if CHANNELS_LAST else tl.trans(grad)
+    right = tl.trans(x) if CHANNELS_LAST else x
+    return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit(
@@ -49,16 +49,16 @@ def _product(grad, x, total, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexp
     ]
 )
 def _weight_gradient(
-    grad,
-    x,
-    weight,
+    grad,  # [2 halves, outputs, area] by its strides
+    x,  # [2 halves, channels, height_in, width_in] by its strides
+    weight,  # [outputs, channels, KERNEL] by its strides, as are mask and out
     mask,
     step,
     out,
-    partials,
+    partials,  # fp32 [tiles, splits, BO, BK]
     tickets,
     positions,
-    span,
+    span,  # positions for a program
     splits,
     area_multiplier,
     area_shift,
@@ -73,7 +73,7 @@ def _weight_gradient(
     grad_strides,
     x_strides,
     weight_strides,
-    teacher_grad,
+    teacher_grad,  # how far the teacher's half is
     teacher_x,
     largest,
     KERNEL: tl.constexpr,
@@ -81,10 +81,10 @@ def _weight_gradient(
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    FLAT: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     CLIPPED: tl.constexpr,
     SPLIT: tl.constexpr,
-    DTYPE: tl.constexpr,
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     BO: tl.constexpr,
@@ -107,12 +107,9 @@ def _weight_gradient(
     down, right = r * DILATION[0], t * DILATION[1]
     of_k = along(c.to(INDEX) * x_strides[1] + down.to(INDEX) * x_strides[2] + right.to(INDEX) * x_strides[3], 1 - R)
     of_o = along(o.to(INDEX) * grad_strides[1], 1 - R)
-    down, right = along(tl.where(tap < TAPS, down, NOWHERE), 1 - R), along(right, 1 - R)
-    if not CHANNELS_LAST:
-        down = tl.where(along(c < channels, 1 - R), down, NOWHERE)
+    down, right = along(tl.where(k < channels * TAPS, down, NOWHERE), 1 - R), along(right, 1 - R)
 
-    total_s = tl.zeros((BO, BK), tl.float32)
-    total_t = tl.zeros((BO, BK), tl.float32)
+    student, teacher = tl.zeros((BO, BK), tl.float32), tl.zeros((BO, BK), tl.float32)
     end = tl.minimum(split * span + span, positions)
     for start in range(split * span, end, BR):
         m = start + tl.arange(0, BR)
@@ -123,8 +120,8 @@ def _weight_gradient(
         place = b * grad_strides[0] + row.to(INDEX) * grad_strides[2] + column.to(INDEX) * grad_strides[3]
         place = along(place, R) + of_o
         exists = along(there, R) & along(o < outputs, 1 - R)
-        g_s = tl.load(grad + place, mask=exists, other=0.0).to(DTYPE)  # [BR, BO]
-        g_t = tl.load(grad + teacher_grad + place, mask=exists, other=0.0).to(DTYPE)
+        g_student = tl.load(grad + place, mask=exists, other=0.0)  # [BR, BO]
+        g_teacher = tl.load(grad + teacher_grad + place, mask=exists, other=0.0)
 
         top, left = row * STRIDE[0] - PADDING[0], column * STRIDE[1] - PADDING[1]
         place = b * x_strides[0] + top.to(INDEX) * x_strides[2] + left.to(INDEX) * x_strides[3]
@@ -132,20 +129,20 @@ def _weight_gradient(
         # as unsigned numbers, rows and columns before the first are large
         y = (along(tl.where(there, top, NOWHERE), R) + down).to(tl.uint32)
         inside = (y < height_in) & ((along(left, R) + right).to(tl.uint32) < width_in)
-        x_s = tl.load(x + place, mask=inside, other=0.0).to(DTYPE)  # [BR, BK]
-        x_t = tl.load(x + teacher_x + place, mask=inside, other=0.0).to(DTYPE)
-        total_s = _product(g_s, x_s, total_s, CHANNELS_LAST, PRECISION)
-        total_t = _product(g_t, x_t, total_t, CHANNELS_LAST, PRECISION)
+        x_student = tl.load(x + place, mask=inside, other=0.0)  # [BR, BK]
+        x_teacher = tl.load(x + teacher_x + place, mask=inside, other=0.0)
+        student = _product(g_student, x_student, student, CHANNELS_LAST, PRECISION)
+        teacher = _product(g_teacher, x_teacher, teacher, CHANNELS_LAST, PRECISION)
 
     place = along(o * weight_strides[0], 0)
-    place += along(c * weight_strides[1] + r * weight_strides[2] + t * weight_strides[3], 1)
+    place += along(k if FLAT else c * weight_strides[1] + r * weight_strides[2] + t * weight_strides[3], 1)
     exists = along(o < outputs, 0) & along(k < channels * TAPS, 1)
     kept = tl.load(mask + place, mask=exists, other=0)
     if CLIPPED:
         s = along(tl.load(step + o, mask=o < outputs, other=1.0), 0) if PER_CHANNEL else tl.load(step)
         w = tl.load(weight + place, mask=exists, other=0.0)
-        total_s = tl.where(tl.abs(scaled(w, kept, reciprocal(s))) <= largest, total_s, 0.0)
-    total = tl.where(kept, total_s, total_t)
+        student = tl.where(tl.abs(scaled(w, kept, reciprocal(s))) <= largest, student, 0.0)
+    total = tl.where(kept, student, teacher)
     if not SPLIT:
         tl.store(out + place, total.to(out.dtype.element_ty), mask=exists)
     else:
@@ -163,40 +160,41 @@ def _weight_gradient(
             tl.store(out + place, total.to(out.dtype.element_ty), mask=exists)
 
 
-def weight_tiles(
-    positions: int, outputs: int, depth: int, dtype: torch.dtype, multiprocessors: int
-) -> tuple[dict[str, int], int]:
-    """Block sizes and warps of a weight gradient [outputs, depth], and among how many programs to divide its sums."""
-    down = min(max(triton.next_power_of_2(outputs), 16), 64)
-    across = min(max(triton.next_power_of_2(depth), 16), 64)
-    choice = {"BO": down, "BK": across, "BR": 32, "AT_ONCE": 4, "num_warps": 8, "num_stages": 2}
+def weight_tiles(positions: int, outputs: int, depth: int, multiprocessors: int) -> tuple[dict[str, int], int]:
+    """Block sizes and warps for a weight gradient [outputs, depth], and among how many programs its sums are divided.
+
+    As many programs as run at once; but each with four blocks of positions or more, and no more than 512 KiB of parts
+    for the last one to add up.
+    """
+    down, across = (min(max(launch.next_power_of_2(size), 16), 64) for size in (outputs, depth))
     count = triton.cdiv(outputs, down) * triton.cdiv(depth, across)
-    # as many programs as run at once; but a part should be worth its way through memory, and few be left to add up
-    splits = min(multiprocessors // count, triton.cdiv(positions, 4 * choice["BR"]), 32)
+    splits = min(2 * multiprocessors // count, triton.cdiv(positions, 4 * 32), 2**17 // (down * across))
+    at_once = 2**13 // (down * across)
+    choice = {"BO": down, "BK": across, "BR": 32, "AT_ONCE": at_once, "num_warps": 8, "num_stages": 2}
     return choice, max(splits, 1)
 
 
 def dual_conv2d_input_gradient(
     grad: Tensor,
+    x: Tensor,
     weight: Tensor,
     mask: Tensor,
     step: Tensor,
     bits: int,
-    image: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     shared: bool,
-    dtype: torch.dtype,
     choice: dict[str, int] | None = None,
 ) -> Tensor:
-    """``dL/dx [2B, C, *image]`` in ``dtype`` from ``grad [2B, O, OH, OW]``, in whose dtype products are made.
+    """``dL/dx [2B, C, H, W]`` from ``grad [2B, O, OH, OW]`` of any strides. Of ``x`` shape, dtype and layout matter.
 
     It is the convolution of ``grad``, its rows a stride apart, with the taps in reverse.
     """
-    pad, dil = (-padding[0], -padding[1]), (-dilation[0], -dilation[1])
-    settings = (image, (1, 1), pad, dil, stride, True, shared, grad.dtype, dtype, choice)
-    return convolve(grad, weight, mask, step, bits, None, *settings)
+    layer = (weight, mask, step, bits, None)
+    reverse_padding, reverse_dilation = ([-size for size in sizes] for sizes in (padding, dilation))
+    out = empty_images(x.shape, x, weight)
+    return convolve(grad, out, *layer, (1, 1), reverse_padding, reverse_dilation, stride, True, shared, choice)
 
 
 def dual_conv2d_weight_gradient(
@@ -206,43 +204,43 @@ def dual_conv2d_weight_gradient(
     mask: Tensor,
     step: Tensor,
     bits: int,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     clipped: bool,
     choice: tuple[dict[str, int], int] | None = None,
 ) -> Tensor:
     """``dL/dw = M dL_S/dwbar + (1 - M) dL_T/dw`` in the weight's dtype and layout.
 
-    ``grad [2B, O, OH, OW]``, in whose dtype products are made, and ``x [2B, C, H, W]`` of any strides. ``clipped``: the
-    student's is zero where ``|w M / S| > Q``. ``choice`` replaces :func:`weight_tiles`.
+    ``grad [2B, O, OH, OW]`` and ``x [2B, C, H, W]`` of one dtype and any strides. ``clipped``: the student's is zero
+    where ``|w M / S| > Q``. ``choice`` replaces :func:`weight_tiles`.
     """
-    if grad.numel() == 0:
-        return torch.zeros_like(weight)
-    weight_, mask, channels_last = operand_layouts(x, weight, mask)
     result = torch.empty_like(weight)
-    written = operands.written_like(result, weight_)
+    if grad.numel() == 0 or weight.numel() == 0:
+        return result.zero_()
+    channels_last = is_channels_last(x, weight)
+    weight, step = operands.dense(weight), operands.flat_steps(step)
+    written = operands.written_like(result, weight)
     outputs, channels, *kernel = weight.shape
     rows, _, height, width = grad.shape
-    depth = channels * kernel[0] * kernel[1]
-    positions = rows // 2 * height * width
-    choice, splits = choice or weight_tiles(positions, outputs, depth, grad.dtype, operands.multiprocessors(x.device))
-    count = triton.cdiv(outputs, choice["BO"]) * triton.cdiv(depth, choice["BK"])
-    blocks = triton.cdiv(triton.cdiv(positions, choice["BR"]), splits)
-    splits = triton.cdiv(positions, blocks * choice["BR"])
-    size = count * splits * choice["BO"] * choice["BK"] if splits > 1 else 1
+    depth, positions = channels * kernel[0] * kernel[1], rows // 2 * height * width
+    tile, splits = choice or weight_tiles(positions, outputs, depth, operands.multiprocessors(x.device))
+    count = triton.cdiv(outputs, tile["BO"]) * triton.cdiv(depth, tile["BK"])
+    span = triton.cdiv(triton.cdiv(positions, tile["BR"]), splits) * tile["BR"]
+    splits = triton.cdiv(positions, span)
+    parts = count * splits * tile["BO"] * tile["BK"] if splits > 1 else 1
     with operands.on(x):
         _weight_gradient[(count * splits,)](
             grad,
             x,
-            weight_,
-            mask,
-            operands.flat_steps(step),
+            weight,
+            operands.relaid(mask, weight),
+            step,
             written,
-            torch.empty(size, dtype=torch.float32, device=x.device),
+            torch.empty(parts, dtype=torch.float32, device=x.device),
             operands.counters(x.device, count),
             positions,
-            blocks * choice["BR"],
+            span,
             splits,
             *reciprocal_of(height * width),
             *reciprocal_of(width),
@@ -253,23 +251,46 @@ def dual_conv2d_weight_gradient(
             outputs,
             grad.stride(),
             x.stride(),
-            weight_.stride(),
+            weight.stride(),
             rows // 2 * grad.stride(0),
             rows // 2 * x.stride(0),
-            2.0 ** (bits - 1) - 1,
+            float(levels(bits)),
             KERNEL=tuple(kernel),
-            STRIDE=stride,
-            PADDING=padding,
-            DILATION=dilation,
+            STRIDE=tuple(stride),
+            PADDING=tuple(padding),
+            DILATION=tuple(dilation),
             CHANNELS_LAST=channels_last,
+            FLAT=weight.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format),
             PER_CHANNEL=step.numel() > 1,
             CLIPPED=clipped,
             SPLIT=splits > 1,
-            DTYPE=TYPES[grad.dtype],
             INDEX=index_type(grad, x),
-            PRECISION="tf32" if uses_tf32(grad.dtype) else "ieee",
+            PRECISION=launch.fp32_products(convolution=True),
             enable_fp_fusion=False,
-            **choice,
+            **tile,
         )
     operands.copy_back([written], [result])
     return result
+
+
+def dual_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    bits: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    clipped: bool,
+    shared: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, a launch each; empty where not needed. ``groups`` is 1."""
+    shape = (weight, mask, step, bits, stride, padding, dilation)
+    grad_x = dual_conv2d_input_gradient(grad, x, *shape, shared) if need_x else x.new_empty(0)
+    grad_weight = dual_conv2d_weight_gradient(grad, x, *shape, clipped) if need_weight else weight.new_empty(0)
+    return grad_x, grad_weight

@@ -6,6 +6,7 @@ There is no autotuning at run time: ``bench/tune.py`` searches, and what it find
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,7 +98,8 @@ def capability(device: torch.device) -> int:
 
 def fp32_products(convolution: bool = False) -> str:
     """How PyTorch is set to multiply fp32 matrices, or convolve: "ieee", or "tf32" on tensor cores."""
-    setting = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    backends: Any = torch.backends
+    setting = backends.cudnn.conv if convolution else backends.cuda.matmul
     return "tf32" if setting.fp32_precision == "tf32" else "ieee"
 
 
@@ -134,8 +136,35 @@ def fuses_linear(rows: int, outs: int, ins: int, dtype: torch.dtype, capability:
     return one_launch < separate
 
 
+OWN_CONVOLUTION = 0.25  # of the rate of matrix products, what kernels reach that gather their images as they go
+LIBRARY_CONVOLUTION = 0.6  # and what a library's convolution does
+
+
 def fuses_conv2d(
-    x: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], groups: int, dtype: torch.dtype
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    image: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    capability: int,
 ) -> bool:
-    """Whether one launch is faster than making the student's weight and two convolutions."""
-    return False
+    """Whether one launch is faster than making the student's weight and two convolutions.
+
+    ``x [2B, C_in, H, W]``, ``weight [C_out, C_in, kh, kw]``, ``image``: (H, W) of the result. A model like that of
+    :func:`fuses_linear`: arithmetic at a lower rate against more launches, and the copies into channels_last and back
+    that a library makes for tensor cores where images are not so already. Small networks are bound by launches and
+    copies and fuse; many channels are bound by arithmetic.
+    """
+    on_cores = dtype == torch.float32 and fp32_products(convolution=True) == "ieee"
+    if groups != 1 or (on_cores and capability >= 100):
+        return False
+    outs, channels, *kernel = weight
+    rows, depth, itemsize = x[0] // 2 * image[0] * image[1], channels * kernel[0] * kernel[1], dtype.itemsize
+    rate = CORES if on_cores else TENSOR_CORES[itemsize]
+    products = 4 * rows * outs * depth / rate
+    moved = itemsize * (x[0] * channels * x[2] * x[3] + 2 * rows * outs) / BANDWIDTH
+    one_launch = LAUNCH + max(moved, products / OWN_CONVOLUTION, rows / 64 * QUANTIZER * outs * depth / LANES)
+    copies = 0 if channels_last or on_cores else 1
+    separate = (3 + 6 * copies) * LAUNCH + (1 + 2 * copies) * moved + products / LIBRARY_CONVOLUTION
+    return one_launch < separate

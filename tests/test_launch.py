@@ -1,0 +1,90 @@
+"""Launch choices are plain functions of shape and dtype."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pqk_fast.triton_kernels import launch
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request: pytest.FixtureRequest) -> Any:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    matmul.fp32_precision = conv.fp32_precision = request.param
+    yield request.param
+    matmul.fp32_precision, conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_fp32_products_follow_torch(precision: str, convolution: bool) -> None:
+    assert launch.fp32_products(convolution) == precision
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("columns", [None, 1, 9, 27, 144, 512, 4096, 10**6])
+def test_element_wise_tiles(itemsize: int, columns: int | None) -> None:
+    tile = launch.element_wise(itemsize, columns)
+    threads = tile.warps * launch.WARP
+    assert tile.rows * tile.columns == 16 * threads
+    assert tile.vector * itemsize == launch.LOAD_BYTES
+    assert tile.columns >= tile.vector
+    assert tile.columns.bit_count() == tile.rows.bit_count() == 1
+    if columns is not None:
+        assert tile.columns <= max(2 * columns, tile.vector)
+
+
+@pytest.mark.parametrize("on_cores", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 64, 65, 10_000])
+def test_product_tiles_suit_tensor_cores_and_registers(rows: int, itemsize: int, on_cores: bool) -> None:
+    tile = launch.dual_product(rows, itemsize, on_cores)
+    assert 16 <= tile.rows <= 64
+    assert tile.rows >= min(rows, 64) or on_cores
+    assert tile.outs == 64, "what a warp group of Hopper multiplies at least"
+    accumulators = 2 * tile.rows * tile.outs / (tile.warps * launch.WARP)
+    assert accumulators <= 64
+
+
+@pytest.mark.parametrize(
+    ("tiles", "depths", "expected"), [(64, 64, 8), (1, 1, 1), (1, 64, 16), (1000, 64, 1), (64, 7, 1)]
+)
+def test_splits_fill_the_gpu_and_leave_each_some_work(tiles: int, depths: int, expected: int) -> None:
+    assert launch.splits(tiles, depths, 132) == expected
+
+
+def test_few_rows_fuse_and_many_do_not() -> None:
+    """Bound by reading the weights, then by arithmetic; on Blackwell Triton's fp32 is not IEEE's."""
+    fuses = [launch.fuses_linear(rows, 4096, 4096, BF16, 90) for rows in (1, 16, 64, 256, 2048, 16384)]
+    assert fuses == [True, True, True, True, False, False]
+    assert launch.fuses_linear(16, 4096, 4096, FP32, 90)
+    assert not launch.fuses_linear(1024, 4096, 4096, FP32, 90)
+
+
+def test_small_layers_fuse(precision: str) -> None:
+    assert launch.fuses_linear(64, 12, 45, FP32, 90)
+    assert launch.fuses_linear(64, 12, 45, FP32, 100) == (precision == "tf32")
+
+
+CONVOLUTIONS = {
+    "res8": ((128, 45, 25, 13), (45, 45, 3, 3), (25, 13)),
+    "res8, first layer": ((128, 1, 101, 40), (45, 1, 3, 3), (101, 40)),
+    "ResNet-50": ((128, 256, 14, 14), (256, 256, 3, 3), (14, 14)),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype", "expected"),
+    [("res8", BF16, True), ("res8, first layer", BF16, True), ("ResNet-50", BF16, False), ("ResNet-50", FP32, False)],
+)
+def test_convolutions_of_small_networks_fuse(layer: str, dtype: torch.dtype, expected: bool) -> None:
+    shapes = CONVOLUTIONS[layer]
+    assert launch.fuses_conv2d(*shapes, 1, dtype, False, 90) == expected
+    assert not launch.fuses_conv2d(*shapes, 3, dtype, False, 90), "groups"
+
+
+def test_what_a_gpu_can_do_is_asked_of_its_driver() -> None:
+    assert launch.capability(torch.device("cpu")) == 80
