@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pqk_fast import dispatch
+from pqk_fast import dispatch, reference
 from pqk_fast.autograd import DualWeights, quickly_bound
 from pqk_fast.triton_kernels import launch
 
@@ -82,8 +82,9 @@ def _gradients_of(x_shape: Sequence[int], x: Tensor, weight: Tensor, *needs: boo
     return grad_x, torch.empty_like(weight) if need_weight else weight.new_empty(0)
 
 
-def _fuses_linear(x: Tensor, weight: Tensor) -> bool:
-    return launch.fuses_linear(x.shape[0] // 2, weight.shape[0], weight.shape[1], x.dtype, launch.capability(x.device))
+def _fuses_linear(x: Tensor, weight: Tensor, backward: bool = False) -> bool:
+    rows, (outs, ins) = x.shape[0] // 2, weight.shape
+    return launch.fuses_linear(rows, outs, ins, x.dtype, launch.capability(x.device), backward)
 
 
 # x: [2B, in], the student's rows first; the result [2B, out] in x's dtype. The weight may be wider than x (autocast).
@@ -99,7 +100,7 @@ dual_linear_backward = dispatch.define(
     "bool shared, bool need_x, bool need_weight) -> (Tensor, Tensor)",
     _linear_backward,
     lambda grad, x, weight, mask, step, bits, clipped, shared, *needs: _gradients_of(x.shape, x, weight, *needs),
-    lambda grad, x, weight, *_: _fuses_linear(x, weight),
+    lambda grad, x, weight, *_: _fuses_linear(x, weight, backward=True),
 )
 
 
@@ -199,9 +200,10 @@ def _conv2d_backward(
     return grad_x, grad_weight
 
 
-def _conv2d_gradients(x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = _gradients_of(x.shape, x, weight, *needs)
-    return grad_x.contiguous(memory_format=_memory_format(x, weight)) if needs[0] else grad_x, grad_weight
+def _conv2d_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    like = {"dtype": x.dtype, "device": x.device, "memory_format": _memory_format(x, weight)}
+    grad_x = torch.empty(x.shape, **like) if need_x else x.new_empty(0)  # type: ignore[call-overload]
+    return grad_x, torch.empty_like(weight) if need_weight else weight.new_empty(0)
 
 
 def _fuses_conv2d(x: Tensor, weight: Tensor, *shape: Any) -> bool:
@@ -234,21 +236,32 @@ for _operation in (dual_linear, dual_linear_backward, dual_conv2d, dual_conv2d_b
 
 
 def _again(
-    product: Callable[..., Tensor], grad: Tensor, inputs: tuple[Any, ...], settings: tuple[Any, ...], needs: Any
-) -> list[Tensor | None]:
-    """The gradients as functions that have gradients themselves: those of two products that autograd knows."""
-    x, weight, bias, mask, step = inputs
+    gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    grad: Tensor,
+    inputs: tuple[Any, ...],
+    settings: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    """dx and dw as functions that have gradients themselves; ``gradients`` gives those of one product."""
+    x, weight, _, mask, step = inputs
     bits, ste, shared = settings
-    with torch.enable_grad():
-        student, teacher = DualWeights.apply(weight, mask, step, bits, ste, x.dtype)
-        if shared:
-            teacher = torch.where(mask, student.detach(), teacher.to(x.dtype))
-        of_student, of_teacher = _halves(x)
-        biases = (None, None) if bias is None else (bias.to(x.dtype), bias.detach().to(x.dtype))
-        out = torch.cat([product(of_student, student, biases[0]), product(of_teacher, teacher.to(x.dtype), biases[1])])
-        wanted = [t for t, needed in zip((x, weight, bias), needs, strict=True) if needed]
-        made = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return [next(made) if needed else None for needed in needs]
+    student, teacher = DualWeights.apply(weight, mask, step, bits, ste, x.dtype)
+    if shared:
+        teacher = torch.where(mask, student.detach(), teacher.to(x.dtype))
+    halves = zip(_halves(grad), _halves(x), (student, teacher.to(x.dtype)), strict=True)
+    (x_student, w_student), (x_teacher, w_teacher) = (gradients(*half) for half in halves)
+    passed, _ = reference.fake_quant_backward(w_student, weight, mask, step, bits, ste)
+    return torch.cat([x_student, x_teacher]), torch.where(mask, passed, w_teacher.to(weight.dtype))
+
+
+def _of_linear(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return grad @ weight, grad.t() @ x
+
+
+def _of_conv2d(shape: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, groups = shape
+    how = (None, stride, padding, dilation, False, [0, 0], groups, (True, True, False))
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *how)
+    return of_x, of_weight
 
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -280,11 +293,12 @@ class DualLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mask, step = ctx.saved_tensors
         bits, ste, shared = ctx.settings
-        need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            return *_again(F.linear, grad, ctx.saved_tensors, ctx.settings, needs), *[None] * 5
-        layer = (weight, mask, step, bits, ste == "clipped", shared)
-        grad_x, grad_weight = dual_linear_backward(grad, x, *layer, need_x, need_weight)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            grad_x, grad_weight = _again(_of_linear, grad, ctx.saved_tensors, ctx.settings)
+        else:
+            layer = (weight, mask, step, bits, ste == "clipped", shared)
+            grad_x, grad_weight = dual_linear_backward(grad, x, *layer, need_x, need_weight)
         grad_bias = _bias_gradient(grad, bias.dtype) if need_bias else None
         return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, *[None] * 5
 
@@ -319,12 +333,11 @@ class DualConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mask, step = ctx.saved_tensors
         bits, ste, shared = ctx.settings
-        need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            stride, padding, dilation, groups = ctx.shape
-            product = partial(F.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups)
-            return *_again(product, grad, ctx.saved_tensors, ctx.settings, needs), *[None] * 9
-        layer = (weight, mask, step, bits, *ctx.shape, ste == "clipped", shared)
-        grad_x, grad_weight = dual_conv2d_backward(grad, x, *layer, need_x, need_weight)
+            grad_x, grad_weight = _again(partial(_of_conv2d, ctx.shape), grad, ctx.saved_tensors, ctx.settings)
+        else:
+            layer = (weight, mask, step, bits, *ctx.shape, ste == "clipped", shared)
+            grad_x, grad_weight = dual_conv2d_backward(grad, x, *layer, need_x, need_weight)
         grad_bias = _bias_gradient(grad, bias.dtype) if need_bias else None
         return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, *[None] * 9

@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ LAUNCHERS = {
     "fake_quant_all": "fake_quant",
     "fake_quant_backward": "fake_quant",
     "fake_quant_all_backward": "fake_quant",
-    "dual_weight_backward": "dual_forward",
+    "dual_weight_backward": "dual_weight",
     "dual_linear": "dual_forward",
     "dual_linear_backward": "dual_forward",
     "dual_conv2d": "dual_conv2d",
@@ -47,6 +50,12 @@ def problem() -> str:
         importlib.import_module("triton")
     except ImportError as error:
         return f"Triton does not import ({error}); it comes with torch's GPU builds for Linux"
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        header = Path(sysconfig.get_paths()["include"], "Python.h")
+        if not compiler or not header.is_file():
+            missing = f"Python's headers ({header})" if compiler else "a C compiler (gcc, or one named in CC)"
+            return f"Triton builds its launchers with a C compiler, and {missing} is not there: install it"
     return ""
 
 

@@ -184,8 +184,12 @@ def _dual_input(x: Tensor, weight: Tensor, shape: str, fits: bool) -> Tensor:
     return x.to(dtype)
 
 
-def _check_dual(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teacher_weights: str, ste: str) -> None:
+def _check_dual(
+    weight: Tensor, mask: Tensor, step: Tensor, bits: int, bias: Tensor | None, teacher_weights: str, ste: str
+) -> None:
     _check_quantizer(weight, mask, step, bits, ste)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have one value per output, [{weight.shape[0]}], got {tuple(bias.shape)}")
     check_choice("teacher_weights", teacher_weights, reference.TEACHER_WEIGHTS)
 
 
@@ -207,7 +211,7 @@ def dual_linear(
 
     Raises ValueError for an odd number of rows and as :func:`fake_quant` does.
     """
-    _check_dual(weight, mask, step, bits, teacher_weights, ste)
+    _check_dual(weight, mask, step, bits, bias, teacher_weights, ste)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out, in], got {tuple(weight.shape)}")
     ins = weight.shape[1]
@@ -232,7 +236,7 @@ def dual_conv2d(
     ste: str = "identity",
 ) -> Tensor:
     """:func:`dual_linear` for convolution: ``x [2B, C_in, H, W]``, ``weight [C_out, C_in / groups, kh, kw]``."""
-    _check_dual(weight, mask, step, bits, teacher_weights, ste)
+    _check_dual(weight, mask, step, bits, bias, teacher_weights, ste)
     if weight.dim() != 4 or groups < 1 or weight.shape[0] % groups:
         raise ValueError(
             f"weight must be [C_out, C_in / groups, kh, kw] with C_out a multiple of groups, got {tuple(weight.shape)} "

@@ -22,16 +22,7 @@ from pqk_fast.triton_kernels import (
     dual_conv2d,
     dual_conv2d_backward,
     dual_forward,
-    fake_quant,
-    group_mask,
-    int4,
-    launch,
-    operands,
-    topk_mask,
-)
-    dual_conv2d,
-    dual_conv2d_backward,
-    dual_forward,
+    dual_weight,
     fake_quant,
     group_mask,
     int4,
@@ -54,6 +45,12 @@ def layers(dtype: torch.dtype, count: int = 8, steps: int = 1) -> list[list]:
 
 def grads_of(lists: list[list]) -> list[Tensor]:
     return [weight.clone() for weight in lists[0]]
+
+
+def uneven() -> list[list]:
+    """Layers with a step a channel, among them one whose rows are not of whole loads, and one with a step in all."""
+    made = [layer((64, n), steps=64) for n in (27, 576, 1152)] + [layer((1, 37))]
+    return [list(each) for each in zip(*made, strict=True)]
 
 
 def rows(count: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -143,7 +140,7 @@ CASES: dict[str, Callable[[], object]] = {
     **all_layers(FP32),
     **all_layers(BF16),
     **all_layers(FP32, steps=256),
-    "dual weight gradient": lambda: dual_forward.dual_weight_backward(
+    "dual weight gradient": lambda: dual_weight.dual_weight_backward(
         layer()[0], layer()[0], *layer()[:3], 4, clipped=True
     ),
     **linear(BF16),
@@ -151,6 +148,14 @@ CASES: dict[str, Callable[[], object]] = {
     **linear(FP16),
     **tf32(linear(FP32)),
     **linear(FP32, count=16),
+    "dual_linear of one row": lambda: dual_forward.dual_linear(rows(1, 64, BF16), *layer((64, 64)), None, False),
+    "dual_linear dw of one row": lambda: dual_forward.dual_linear_backward(
+        rows(1, 64, BF16), rows(1, 64, BF16), *layer((64, 64)), False, False, False, True
+    ),
+    "fake_quant of rows of any length": lambda: fake_quant.fake_quant_all(*uneven(), FP32),
+    "fake_quant backward of rows of any length": lambda: fake_quant.fake_quant_all_backward(
+        uneven()[0], *uneven(), True, True, True, True
+    ),
     **convolution(BF16),
     **convolution(BF16, channels_last=True),
     **convolution(FP16),

@@ -81,15 +81,21 @@ class Launch:
     def spills(self) -> int:
         return self.resources["STACK"] + self.resources["LOCAL"] + self.count(r"(LDL|STL)")
 
-    @property
+    @cached_property
     def wide_path(self) -> list[str]:
-        """The straight run of instructions with the most 16-byte loads: a kernel's path for whole, aligned tiles."""
+        """A kernel's path for whole, aligned tiles: of the straight runs of instructions between branches the one with
+        the most 16-byte loads, and, if it is another, the one with the most wide stores."""
         runs: list[list[str]] = [[]]
         for line in self.sass:
             runs[-1].append(line)
-            if re.match(r"(@!?U?P\w+ )?(BRA|EXIT|RET|BSYNC)\b", line):
+            if re.match(r"(@!?U?P\w+ )?(BRA|EXIT|RET|BSYNC|CALL)\b", line):
                 runs.append([])
-        return max(runs, key=lambda run: sum("LDG.E.128" in line for line in run))
+
+        def wide(kind: str, run: list[str]) -> tuple[int, int]:
+            return tuple(sum(f"{kind}.E.{bits}" in line for line in run) for bits in (128, 64))  # type: ignore[return-value]
+
+        loads, stores = (max(runs, key=lambda run, kind=kind: wide(kind, run)) for kind in ("LDG", "STG"))
+        return loads if stores is loads or wide("STG", stores) == (0, 0) else [*loads, *stores]
 
     def bytes_moved(self, operation: str) -> int:
         """Bytes that a thread loads (``LDG``) or stores (``STG``) on the wide path."""

@@ -180,3 +180,36 @@ def test_dual_linear_with_frozen_parts() -> None:
     assert weight.grad is None
     assert x.grad is not None
     assert not ops.dual_linear(x.detach(), weight, mask, step.clone().requires_grad_(), 4).requires_grad
+
+
+@pytest.mark.parametrize("teacher_weights", reference.TEACHER_WEIGHTS)
+@pytest.mark.parametrize("convolution", [False, True])
+def test_torch_func_and_gradients_of_gradients(convolution: bool, teacher_weights: str) -> None:
+    """vjp, jacrev and double backward agree with two layers that autograd differentiates itself."""
+    weight, mask, step = quantizer_inputs(Case((4, 3)))
+    x = normal_like(torch.empty(4, 3), seed=2)
+    if convolution:
+        weight, mask, x = (t[..., None, None] for t in (weight, mask, x))
+    operation, product = (ops.dual_conv2d, F.conv2d) if convolution else (ops.dual_linear, F.linear)
+
+    def dual(x: Tensor, w: Tensor) -> Tensor:
+        return operation(x, w, mask, step, 4, teacher_weights=teacher_weights)
+
+    def two(x: Tensor, w: Tensor) -> Tensor:
+        student = ops.fake_quant(w, mask, step.detach(), 4, mask_gradients=True)
+        teacher = ops.teacher_weight(w, mask, step, 4, teacher_weights)
+        return torch.cat([product(x[:2], student), product(x[2:], teacher)])
+
+    grad = normal_like(dual(x, weight), seed=3)
+    for made, expected in zip(
+        torch.func.vjp(dual, x, weight)[1](grad), torch.func.vjp(two, x, weight)[1](grad), strict=True
+    ):
+        torch.testing.assert_close(made, expected)
+    jacobians = [torch.func.jacrev(function, argnums=(0, 1))(x, weight) for function in (dual, two)]
+    torch.testing.assert_close(*jacobians)
+    second = []
+    for function in (dual, two):
+        leaves = with_gradients(x, weight)
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(each.square().sum() for each in first), leaves))
+    torch.testing.assert_close(*second)

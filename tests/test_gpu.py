@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cases import normal_like
 from torch import Tensor
 
 from pqk_fast import dispatch, dual_ops, gpu, ops
@@ -169,3 +171,80 @@ def test_the_operations_compile_without_a_break_and_without_data() -> None:
     chosen = torch.compile(select, fullgraph=True, backend="aot_eager")
     out = chosen([mask], [weight.detach()], torch.empty((), dtype=torch.int64, device="meta"))
     assert (out.shape, out.dtype) == (mask.shape, torch.bool)
+
+
+def some_step(device: str, rows: int = 4) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+    """Fake-quantization of layers and a dual layer, forward and backward; and its inputs, which may be rewritten."""
+    shapes = [(300, 70), (16, 16), (64, 1000)]
+    weights = [normal_like(torch.empty(s, device=device), seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    masks = [normal_like(weight, seed=9) > 0 for weight in weights]
+    steps = [torch.full((1,), 0.3, device=device, requires_grad=True) for _ in shapes]
+    x = normal_like(torch.empty(2 * rows, 1000, device=device), seed=5)
+
+    def step() -> list[Tensor]:
+        made = ops.fake_quant_all(weights, masks, steps, 4)
+        both = ops.dual_linear(x, weights[2], masks[2], steps[2], 4)
+        total = sum((each * each).sum() for each in [*made, both])
+        return [both.detach(), *torch.autograd.grad(total, [*weights, *steps])]
+
+    return step, [*weights, x]
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_and_replayed_anywhere() -> None:
+    """With other values than it was captured with, and in another stream; sums for S come out the same."""
+    step, inputs = some_step("cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        made = step()
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.mul_(0.5)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(made, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_streams_do_not_meet() -> None:
+    step, _ = some_step("cuda")
+    expected = step()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    for index in range(20):
+        with torch.cuda.stream(streams[index % 2]):
+            results.append(step())
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for made in results for a, b in zip(made, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_graphs_that_torch_compile_captures() -> None:
+    step, _ = some_step("cuda")
+    expected = step()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, mode="reduce-overhead")
+    for _ in range(4):
+        made = [tensor.clone() for tensor in compiled()]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(made, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_one_row_a_half() -> None:
+    step, _ = some_step("cuda", rows=1)
+    assert step()[0].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_gpu_than_the_current_one() -> None:
+    here, there = some_step("cuda:0")[0](), some_step("cuda:1")[0]()
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(here, there, strict=True))

@@ -1,5 +1,8 @@
 """Launch choices are plain functions of shape and dtype."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,21 +10,31 @@ import torch
 
 from pqk_fast.triton_kernels import launch
 
+ROOT = Path(__file__).parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture(params=["ieee", "tf32"])
-def precision(request: pytest.FixtureRequest) -> Any:
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = matmul.fp32_precision, conv.fp32_precision
-    matmul.fp32_precision = conv.fp32_precision = request.param
-    yield request.param
-    matmul.fp32_precision, conv.fp32_precision = before
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(launch, "fp32_products", lambda convolution=False: request.param)
+    return request.param
 
 
-@pytest.mark.parametrize("convolution", [False, True])
-def test_fp32_products_follow_torch(precision: str, convolution: bool) -> None:
-    assert launch.fp32_products(convolution) == precision
+def test_fp32_products_follow_torch() -> None:
+    """By its old and its new settings; in a process of its own, for torch refuses to read some after others."""
+    program = """
+import torch
+from pqk_fast.triton_kernels.launch import fp32_products as now
+matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+seen = [(now(), now(True))]
+torch.set_float32_matmul_precision("high"); seen.append(now())
+matmul.allow_tf32 = False; seen.append(now())
+cudnn.allow_tf32 = False; seen.append(now(True))
+matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32"; seen.append((now(), now(True)))
+print(seen)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[('ieee', 'tf32'), 'tf32', 'ieee', 'ieee', ('tf32', 'tf32')]\n", done.stderr
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -65,8 +78,21 @@ def test_few_rows_fuse_and_many_do_not() -> None:
 
 
 def test_small_layers_fuse(precision: str) -> None:
-    assert launch.fuses_linear(64, 12, 45, FP32, 90)
-    assert launch.fuses_linear(64, 12, 45, FP32, 100) == (precision == "tf32")
+    assert launch.fuses_linear(64, 12, 48, FP32, 90)
+    assert launch.fuses_linear(64, 12, 48, FP32, 100) == (precision == "tf32")
+    assert not launch.fuses_linear(64, 12, 48, FP32, 75)
+
+
+def test_rows_of_no_whole_loads_do_not_fuse() -> None:
+    assert not launch.fuses_linear(64, 12, 45, FP32, 90)
+    assert not launch.fuses_linear(64, 12, 48, BF16, 90)
+
+
+def test_the_gradient_of_a_small_weight_over_many_rows_does_not_fuse() -> None:
+    """It would be the work of a few programs."""
+    assert launch.fuses_linear(4096, 64, 64, BF16, 90)
+    assert not launch.fuses_linear(4096, 64, 64, BF16, 90, backward=True)
+    assert launch.fuses_linear(256, 64, 64, BF16, 90, backward=True)
 
 
 CONVOLUTIONS = {

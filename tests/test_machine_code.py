@@ -79,13 +79,18 @@ def test_registers_stay_under_their_ceilings(compiled, architecture: int) -> Non
 def test_bytes_a_weight_are_the_least_there_are(compiled, architecture: int, case: str) -> None:
     (row,) = [row for row in compiled[architecture] if row["case"] == case]
     assert row["LDG.E.128"] > 0
-    assert (row["loaded"] / ELEMENTS, row["stored"] / ELEMENTS) == TRAFFIC[case]
+    loaded, stored = TRAFFIC[case]
+    assert row["stored"] == ELEMENTS * stored
+    # and, the same for all of a layer or row, S and what the table says of a row: 4 bytes and 16
+    assert row["loaded"] - ELEMENTS * loaded == (20 if "a step a channel" in case else 4)
 
 
 def test_no_rounding_is_fused_into_a_product(compiled, architecture: int) -> None:
     quantizing = [row for row in compiled[architecture] if row["rounds"]]
     assert {"fake_quant float32", "dual_linear bfloat16"} <= {row["case"] for row in quantizing}
     assert not any(row["fused_roundings"] for row in quantizing)
+    two_paths = {row["case"]: row["rounds"] for row in quantizing if row["case"].startswith("fake_quant")}
+    assert set(two_paths.values()) == {2 * 2 * ELEMENTS}, "an addition and a subtraction for each weight"
 
 
 def test_launches(compiled, architecture: int) -> None:

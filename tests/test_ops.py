@@ -158,6 +158,19 @@ def test_what_cannot_be_halved_is_refused(operation: str, x: Tensor, message: st
         getattr(ops, operation)(x, *kernel, S, 4)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 1)])
+def test_a_bias_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"bias must have one value per output, \[4\], got"):
+        ops.dual_linear(torch.zeros(2, 3), W, M, S, 4, torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"bias must have one value per output, \[4\], got"):
+        ops.dual_conv2d(torch.zeros(2, 3, 5, 5), W[..., None, None], M[..., None, None], S, 4, torch.zeros(shape))
+
+
+def test_x_of_another_dtype_than_the_weight_is_refused_without_autocast() -> None:
+    with pytest.raises(TypeError, match=r"x must have the weight's dtype torch.float32, got torch.bfloat16; use autoc"):
+        ops.dual_linear(torch.zeros(2, 3, dtype=torch.bfloat16), W, M, S, 4)
+
+
 MASKS = [torch.ones(4, 3, dtype=torch.bool)]
 
 

@@ -332,28 +332,3 @@ def test_layout_is_that_of_torchs_convolution(size: tuple[int, ...]) -> None:
     for a in (x, x.contiguous(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).clone().permute(0, 3, 1, 2)):
         for b in (weight, weight.contiguous(memory_format=torch.channels_last)):
             assert forward.is_channels_last(a, b) == (torch.channels_last in (like(a), like(b)))
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("half", [0, 2])
-@pytest.mark.parametrize("by_cudnn", [False, True])
-def test_halves_by_two_convolutions(half: int, groups: int, by_cudnn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU another convolution stands in for cuDNN's."""
-    stride, padding, dilation = (2, 1), (1, 0), (1, 2)
-    x = normal_like(torch.empty(2 * half, 3, 9, 8, device=DEVICE))
-    student, teacher = (normal_like(torch.empty(6, 3 // groups, 3, 2, device=DEVICE), seed=i) for i in (2, 3))
-    bias = normal_like(torch.empty(6, device=DEVICE))
-    if by_cudnn and DEVICE.type == "cpu":
-
-        def out(x: Tensor, w: Tensor, pad: list, by: list, apart: list, groups: int, *how: bool, out: Tensor) -> None:
-            assert how == (torch.backends.cudnn.benchmark, True, torch.backends.cudnn.conv.fp32_precision == "tf32")
-            out.copy_(F.conv2d(x, w, None, by, pad, apart, groups))
-
-        monkeypatch.setattr(forward, "_cudnn_convolves", lambda *args: half > 0)
-        monkeypatch.setattr(torch.ops.aten.cudnn_convolution, "out", out)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = x.contiguous(memory_format=layout)
-        made = forward.convolve_halves(x, student, teacher, bias, stride, padding, dilation, groups)
-        halves = zip((x[:half], x[half:]), (student, teacher), strict=True)
-        expected = torch.cat([F.conv2d(part, w, bias, stride, padding, dilation, groups) for part, w in halves])
-        torch.testing.assert_close(made, expected)

@@ -26,8 +26,8 @@ from cases import (
 needs_triton()
 
 from pqk_fast import dispatch, gpu, reference
+from pqk_fast.triton_kernels import blocks, operands
 from pqk_fast.triton_kernels import fake_quant as kernels
-from pqk_fast.triton_kernels import operands
 
 pytestmark = on_kernel_device
 poisoned = pytest.mark.usefixtures("poisoned_memory")
@@ -170,10 +170,42 @@ def test_more_weights_than_32_bits_count(monkeypatch: pytest.MonkeyPatch, steps:
     weight, mask = (torch.empty(rows, columns, dtype=t.dtype, device=DEVICE) for t in tail[:2])
     weight[-1, -5000:], mask[-1, -5000:] = tail[0][0], tail[1][0]
     step = torch.full((rows,), float(tail[2]), device=DEVICE) if steps == "[C]" else tail[2]
-    table = kernels._blocks
-    monkeypatch.setattr(kernels, "_blocks", lambda *settings: table(*settings)[-4:].clone())
+    table = blocks.table_of
+    monkeypatch.setattr(blocks, "table_of", lambda *settings: table(*settings)[-4:].clone())
     out = kernels.fake_quant(weight, mask, step, 4, torch.float16)
     same_bits(out[-1, -3000:], reference.fake_quant(*tail, 4)[0, -3000:])
     made, _ = kernels.fake_quant_backward(weight, weight, mask, step, 4, True, False, True, False)
     expected, _ = reference.fake_quant_backward(tail[0], *tail, 4, "clipped")
     assert torch.equal(made[-1, -3000:], expected[0, -3000:])
+    table.cache_clear()  # of a million rows
+
+
+@poisoned
+@pytest.mark.parametrize("need_weight", [False, True])
+def test_rows_that_are_no_whole_loads_beside_those_that_are(need_weight: bool) -> None:
+    """A step a channel and one for all, in one launch; layers lie in memory between NaN that must not be read."""
+    shapes = [(Case((64, 32), step="[C]"), 4), (Case((1, 37)), 4), (Case((5, 27), step="[C]"), 3)]
+    made = [quantizer_inputs(case, bits, device=DEVICE.type, seed=i) for i, (case, bits) in enumerate(shapes)]
+    framed = []
+    for weight, _, _ in made:
+        frame = torch.full((weight.numel() + 128,), torch.nan, device=DEVICE)
+        framed.append(frame[64 : 64 + weight.numel()].view(weight.shape).copy_(weight))
+    lists = [framed, [mask for _, mask, _ in made], [step for _, _, step in made], [bits for _, bits in shapes]]
+    for out, *layer in zip(kernels.fake_quant_all(*lists, torch.float32), *lists, strict=True):
+        same_bits(out, reference.fake_quant(*layer))
+    grads = [normal_like(weight, seed=i) for i, weight in enumerate(framed)]
+    _, grad_steps = kernels.fake_quant_all_backward(grads, *lists, True, False, need_weight, True)
+    for grad, of_step, *layer in zip(grads, grad_steps, *lists, strict=True):
+        _, expected = reference.fake_quant_backward(grad, *layer, "clipped")
+        assert_within(of_step, expected, step_gradient_magnitude(grad, *layer), torch.float32)
+
+
+def test_first_used_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for later calls must not belong to the mode of the first."""
+    monkeypatch.setattr(operands, "_flags", {})
+    monkeypatch.setattr(operands, "_counters", {})
+    weight, mask, step = quantizer_inputs(Case((13, 31)), device=DEVICE.type)
+    with torch.inference_mode():
+        kernels.fake_quant_backward(weight, weight, mask, -step, 4, False, False, False, True)
+    assert gpu.errors(DEVICE)
+    assert not gpu.errors(DEVICE)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -343,35 +342,3 @@ def dual_conv2d(
     out = empty_images((x.shape[0], weight.shape[0], *image), x, weight)
     layer = (weight, mask, step, bits, bias)
     return convolve(x, out, *layer, stride, padding, dilation, (1, 1), False, shared, choice)
-
-
-def _cudnn_convolves(x: Tensor, weight: Tensor, shape: tuple[list[int], list[int], list[int]], groups: int) -> bool:
-    """Whether torch's own convolution of these would be cuDNN's: not on a CPU, of nothing, or depthwise."""
-    return bool(torch._C._select_conv_backend(x, weight, None, *shape, False, [0, 0], groups, None) == CUDNN)
-
-
-def convolve_halves(
-    x: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """``[2B, O, OH, OW]``: the first half of ``x`` convolved with ``student``, the second with ``teacher``, both plus
-    ``bias``; all of one dtype. cuDNN writes the halves in place, elsewhere they are put together."""
-    shape = (list(stride), list(padding), list(dilation))
-    halves = list(zip(x.chunk(2) if x.shape[0] else (x, x), (student, teacher), strict=True))
-    if not all(_cudnn_convolves(part, weight, shape, groups) for part, weight in halves):
-        return torch.cat([F.conv2d(part, weight, bias, *shape, groups) for part, weight in halves])
-    each = zip(x.shape[2:], student.shape[2:], *shape, strict=True)
-    image = ((size + 2 * pad - apart * (taps - 1) - 1) // by + 1 for size, taps, by, pad, apart in each)
-    out = empty_images((x.shape[0], student.shape[0], *image), x, student)
-    deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    how = (torch.backends.cudnn.benchmark, deterministic, launch.fp32_products(convolution=True) == "tf32")
-    stride, padding, dilation = shape
-    for (part, weight), written in zip(halves, out.chunk(2), strict=True):
-        torch.ops.aten.cudnn_convolution.out(part, weight, padding, stride, dilation, groups, *how, out=written)
-    return out if bias is None else out.add_(bias.reshape(-1, 1, 1))

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from pqk_fast.reference import levels
 from pqk_fast.triton_kernels import launch, operands
-from pqk_fast.triton_kernels.fake_quant import FIELDS, LARGEST, Layers, steps_of, tile_of
-from pqk_fast.triton_kernels.tile_math import is_bad_step, quantized, read, reciprocal, scaled, write
+from pqk_fast.triton_kernels.tile_math import is_bad_step, quantized, reciprocal, scaled
 
 # Which index of the product a step size for each row of the weight goes along.
 ONE_STEP, ALONG_N, ALONG_K = (tl.constexpr(i) for i in range(3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # 1 would become a constant; batch sizes vary
 def _product(
     x,  # [2 rows, depth]
     weight,  # [N, depth] by its strides, as is mask
@@ -50,7 +49,7 @@ def _product(
     PRECISION: tl.constexpr,
 ):
     """``out[m, n] = sum_k x[m, k] W[n, k]``. Tiles are [BN, BM]: the weight's may then stay in registers."""
-    pid_n, pid_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid_m, pid_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, m = pid_n * BN + tl.arange(0, BN), pid_m * BM + tl.arange(0, BM)
     in_n, in_m = n < N, m < rows
     half_x = rows.to(tl.int64) * depth
@@ -102,7 +101,7 @@ def _product(
         tl.store(mine, tl.trans(student), mask=inside)
         tl.store(mine + other_half, tl.trans(teacher), mask=inside)
         tl.debug_barrier()  # before the ticket says so, all threads' sums are written
-        ticket = tickets + pid_m * tl.num_programs(0) + pid_n
+        ticket = tickets + pid_m * tl.num_programs(1) + pid_n
         last = tl.atomic_add(ticket, 1) == SPLITS - 1
         if last:
             tl.store(ticket, 0)
@@ -119,7 +118,7 @@ def _product(
             tl.store(out + half * other_half + places, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _weight_gradient(
     grad,  # [2 rows, N]
     x,  # [2 rows, K]
@@ -167,87 +166,6 @@ def _weight_gradient(
     tl.store(out + at, tl.where(kept, student, teacher).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _write_selected(
-    grad_student,
-    grad_teacher,
-    weight,
-    mask,
-    out,
-    at,
-    inverse,
-    largest,
-    inside,
-    FULL: tl.constexpr,
-    CLIPPED: tl.constexpr,
-):
-    kept = read(mask + at, inside, FULL)  # [R, K]
-    student = read(grad_student + at, inside, FULL).to(tl.float32)
-    teacher = read(grad_teacher + at, inside, FULL).to(tl.float32)
-    if CLIPPED:
-        student = tl.where(tl.abs(scaled(read(weight + at, inside, FULL), kept, inverse)) <= largest, student, 0.0)
-    write(out + at, tl.where(kept, student, teacher), inside, FULL)
-
-
-@triton.jit
-def _select(
-    grad_student,
-    grad_teacher,
-    weight,
-    mask,
-    step,
-    out,
-    blocks,
-    flags,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    VEC: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CLIPPED: tl.constexpr,
-):
-    """``M g_S + (1 - M) g_T`` of one layer; the weight is read only if clipped."""
-    block = blocks + tl.program_id(0) * FIELDS
-    start, offsets, inside, full = tile_of(block, R, K, VEC, PER_ROW, ALIGNED)
-    inverse = reciprocal(steps_of(step, block, flags, R, PER_ROW))
-    largest = tl.load(block + LARGEST).to(tl.float32)
-    at = start + offsets
-    if full:
-        _write_selected(grad_student, grad_teacher, weight, mask, out, at, inverse, largest, inside, True, CLIPPED)
-    else:
-        _write_selected(grad_student, grad_teacher, weight, mask, out, at, inverse, largest, inside, False, CLIPPED)
-
-
-def dual_weight_backward(
-    grad_student: Tensor, grad_teacher: Tensor, weight: Tensor, mask: Tensor, step: Tensor, bits: int, clipped: bool
-) -> Tensor:
-    """``M g_S + (1 - M) g_T`` in the weight's dtype; the student's only where it is not clipped, if asked for."""
-    result = torch.empty_like(weight)
-    if not weight.numel():
-        return result
-    layer = Layers([0], [weight], [mask], [step], [bits], [grad_student])
-    (dense,) = layer.weights
-    written = operands.written_like(result, dense)
-    teacher = operands.relaid(grad_teacher, dense)
-    options = {**layer.options, "ALIGNED": layer.options["ALIGNED"] and operands.aligned([teacher])}
-    del options["COUNT"]
-    with operands.on(dense):
-        _select[(len(layer.blocks),)](
-            layer.grads[0],
-            teacher,
-            dense,
-            layer.masks[0],
-            layer.steps[0],
-            written,
-            layer.blocks,
-            operands.error_flags(dense.device),
-            **options,
-            CLIPPED=clipped,
-        )
-    operands.copy_back([written], [result])
-    return result
-
-
 def _dual_product(
     x: Tensor,
     weight: Tensor,
@@ -273,12 +191,12 @@ def _dual_product(
     strides = weight.stride()[::-1] if transposed else weight.stride()
     along = (ALONG_K if transposed else ALONG_N) if step.numel() > 1 else ONE_STEP
     with operands.on(x):
-        _product[(down, across, splits)](
+        _product[(across, down, splits)](
             x,
             weight,
             mask,
             step,
-            step if bias is None else bias,
+            step if bias is None else bias.contiguous(),
             out,
             torch.empty(splits * out.numel() if splits > 1 else 1, dtype=torch.float32, device=x.device),
             operands.counters(x.device, down * across),

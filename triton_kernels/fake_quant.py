@@ -6,7 +6,6 @@ reads the gradient, ``w`` and ``M``, 9, and writes ``dL/dw`` where it is not the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,68 +13,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqk_fast.reference import levels
 from pqk_fast.triton_kernels import launch, operands
-from pqk_fast.triton_kernels.tile_math import (
-    clip,
-    is_bad_step,
-    pick,
-    quantized,
-    read,
-    reciprocal,
-    rounded,
-    scaled,
-    write,
+from pqk_fast.triton_kernels.blocks import (
+    FIELDS,
+    FIRST,
+    LARGEST,
+    LAYER,
+    SPLITS,
+    Layers,
+    aligned,
+    is_whole,
+    place_of,
+    steps_of,
+    tile_of,
 )
-
-# A program's row in the table of blocks: where its tile lies, and how many programs share its sum for S.
-LAYER, ROW, COLUMN, ROWS, COLUMNS, NUMEL, LARGEST, FIRST, SPLITS = (tl.constexpr(i) for i in range(9))
-FIELDS = tl.constexpr(9)
+from pqk_fast.triton_kernels.tile_math import clip, pick, quantized, read, reciprocal, rounded, scaled, write
 
 
 @triton.jit
-def tile_of(block, R: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where a tile begins, its offsets [R, K] from there, which of them lie in the layer, and whether all do."""
-    row, column = tl.load(block + ROW), tl.load(block + COLUMN)
-    numel = tl.load(block + NUMEL)
-    rows = tl.arange(0, R)[:, None]
-    columns = tl.arange(0, K)[None, :]
-    if PER_ROW:
-        stride = tl.load(block + COLUMNS)
-        if ALIGNED:
-            stride = tl.multiple_of(stride, 16)
-        start = row * stride + tl.multiple_of(column, K)
-        inside = (row + rows < tl.load(block + ROWS)) & (column + columns < stride)
-        full = (row + R <= tl.load(block + ROWS)) & (column + K <= stride)
-        offsets = rows.to(tl.int64) * stride + columns
-    else:
-        start = row * K
-        inside = start + rows * K + columns < numel
-        full = start + R * K <= numel
-        offsets = rows * K + columns
-    # Without the hint masks are read 16 elements a thread, and what was read moves through shared memory.
-    return start, tl.max_contiguous(offsets, [1, VEC]), inside, full
-
-
-@triton.jit
-def steps_of(step, block, flags, R: tl.constexpr, PER_ROW: tl.constexpr):
-    """S of the tile's rows [R, 1], or of the layer []; raises the device's flag for a bad one."""
-    if PER_ROW:
-        rows = tl.load(block + ROW) + tl.arange(0, R)[:, None]
-        values = tl.load(step + rows, mask=rows < tl.load(block + ROWS), other=1.0)
-        bad = tl.max(is_bad_step(values).to(tl.int32))
-    else:
-        values = tl.load(step)
-        bad = is_bad_step(values).to(tl.int32)
-    if bad > 0:
-        tl.store(flags, 1)
-    return values
-
-
-@triton.jit
-def _write_fake_quantized(weight, mask, out, offsets, step, inverse, largest, inside, FULL: tl.constexpr):
-    w, kept = read(weight + offsets, inside, FULL), read(mask + offsets, inside, FULL)  # [R, K]
-    write(out + offsets, quantized(w, kept, inverse, largest) * step, inside, FULL)
+def _quantize_tile(
+    weight,
+    mask,
+    step,
+    out,
+    block,
+    place,
+    largest,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    VEC: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Writes a tile's ``wbar``; gives whether a step size is bad. Weights are under way while S is divided by."""
+    start, offsets, inside = tile_of(block, place, R, K, VEC, PER_ROW, WHOLE)
+    w = read(aligned(weight, ALIGNED) + start + offsets, inside, WHOLE)  # [R, K]
+    kept = read(aligned(mask, ALIGNED) + start + offsets, inside, WHOLE)
+    s, bad = steps_of(step, place, R, PER_ROW)
+    wbar = quantized(w, kept, reciprocal(s), largest) * s
+    write(aligned(out, ALIGNED) + start + offsets, wbar, inside, WHOLE)
+    return bad
 
 
 @triton.jit
@@ -94,48 +72,53 @@ def _forward(
     ALIGNED: tl.constexpr,
 ):
     block = blocks + tl.program_id(0) * FIELDS
-    layer = tl.load(block + LAYER)
-    start, offsets, inside, full = tile_of(block, R, K, VEC, PER_ROW, ALIGNED)
-    step = steps_of(pick(steps, layer, COUNT), block, flags, R, PER_ROW)
-    inverse, largest = reciprocal(step), tl.load(block + LARGEST).to(tl.float32)
-    weight, mask, out = pick(weights, layer, COUNT), pick(masks, layer, COUNT), pick(outs, layer, COUNT)
-    if ALIGNED:
-        weight, mask, out = tl.multiple_of(weight, 16), tl.multiple_of(mask, 16), tl.multiple_of(out, 16)
-    weight, mask, out = weight + start, mask + start, out + start
-    if full:
-        _write_fake_quantized(weight, mask, out, offsets, step, inverse, largest, inside, True)
+    layer, place, largest = tl.load(block + LAYER), place_of(block), tl.load(block + LARGEST).to(tl.float32)
+    weight, mask = pick(weights, layer, COUNT), pick(masks, layer, COUNT)
+    step, out = pick(steps, layer, COUNT), pick(outs, layer, COUNT)
+    if is_whole(place, R, K, PER_ROW):
+        bad = _quantize_tile(weight, mask, step, out, block, place, largest, R, K, VEC, PER_ROW, ALIGNED, True)
     else:
-        _write_fake_quantized(weight, mask, out, offsets, step, inverse, largest, inside, False)
+        bad = _quantize_tile(weight, mask, step, out, block, place, largest, R, K, VEC, PER_ROW, ALIGNED, False)
+    if bad > 0:
+        tl.store(flags, 1)
 
 
 @triton.jit
-def _write_gradient(
+def _gradient_tile(
     grad,
     weight,
     mask,
+    step,
     out,
-    offsets,
-    inverse,
+    block,
+    place,
     largest,
-    inside,
-    FULL: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    VEC: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CLIPPED: tl.constexpr,
     MASKED: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Writes a tile's ``dL/dw``; gives its terms of ``dL/dS``, fp32 [R, K]."""
-    g = read(grad + offsets, inside, FULL).to(tl.float32)
-    kept = read(mask + offsets, inside, FULL)
-    unclipped = scaled(read(weight + offsets, inside, FULL), kept, inverse)
+    """Writes a tile's ``dL/dw``; gives the rows' sums of ``dL/dS``, fp32 [R], and whether a step size is bad."""
+    start, offsets, inside = tile_of(block, place, R, K, VEC, PER_ROW, WHOLE)
+    g = read(aligned(grad, ALIGNED) + start + offsets, inside, WHOLE).to(tl.float32)  # [R, K]
+    w = read(aligned(weight, ALIGNED) + start + offsets, inside, WHOLE)
+    kept = read(aligned(mask, ALIGNED) + start + offsets, inside, WHOLE)
+    s, bad = steps_of(step, place, R, PER_ROW)
+    unclipped = scaled(w, kept, reciprocal(s))
     v = clip(unclipped, largest)
-    terms = g * (rounded(v) - tl.where(tl.abs(v) < largest, v, 0.0))
+    sums = tl.sum(g * (rounded(v) - tl.where(tl.abs(v) < largest, v, 0.0)), axis=1)
     if CLIPPED:
         g = tl.where(tl.abs(unclipped) <= largest, g, 0.0)
     if MASKED:
         g = tl.where(kept, g, 0.0)
     if NEED_WEIGHT:
-        write(out + offsets, g, inside, FULL)
-    return terms
+        write(aligned(out, ALIGNED) + start + offsets, g, inside, WHOLE)
+    return sums, bad
 
 
 @triton.jit
@@ -163,32 +146,58 @@ def _backward(
     CHUNK: tl.constexpr,
 ):
     block = blocks + tl.program_id(0) * FIELDS
-    layer = tl.load(block + LAYER)
-    start, offsets, inside, full = tile_of(block, R, K, VEC, PER_ROW, ALIGNED)
-    step = steps_of(pick(steps, layer, COUNT), block, flags, R, PER_ROW)
-    inverse, largest = reciprocal(step), tl.load(block + LARGEST).to(tl.float32)
+    layer, place, largest = tl.load(block + LAYER), place_of(block), tl.load(block + LARGEST).to(tl.float32)
     grad, weight, mask = pick(grads, layer, COUNT), pick(weights, layer, COUNT), pick(masks, layer, COUNT)
-    out = pick(grad_weights, layer, COUNT)
-    if ALIGNED:
-        grad, weight = tl.multiple_of(grad, 16), tl.multiple_of(weight, 16)
-        mask, out = tl.multiple_of(mask, 16), tl.multiple_of(out, 16)
-    grad, weight, mask, out = grad + start, weight + start, mask + start, out + start
-    if full:
-        terms = _write_gradient(
-            grad, weight, mask, out, offsets, inverse, largest, inside, True, CLIPPED, MASKED, NEED_WEIGHT
+    step, out = pick(steps, layer, COUNT), pick(grad_weights, layer, COUNT)
+    if is_whole(place, R, K, PER_ROW):
+        mine, bad = _gradient_tile(
+            grad,
+            weight,
+            mask,
+            step,
+            out,
+            block,
+            place,
+            largest,
+            R,
+            K,
+            VEC,
+            PER_ROW,
+            ALIGNED,
+            CLIPPED,
+            MASKED,
+            NEED_WEIGHT,
+            True,
         )
     else:
-        terms = _write_gradient(
-            grad, weight, mask, out, offsets, inverse, largest, inside, False, CLIPPED, MASKED, NEED_WEIGHT
+        mine, bad = _gradient_tile(
+            grad,
+            weight,
+            mask,
+            step,
+            out,
+            block,
+            place,
+            largest,
+            R,
+            K,
+            VEC,
+            PER_ROW,
+            ALIGNED,
+            CLIPPED,
+            MASKED,
+            NEED_WEIGHT,
+            False,
         )
+    if bad > 0:
+        tl.store(flags, 1)
     if NEED_STEP:
         # Each program writes its sum; the last of those that share a step adds them up, in the order of the blocks.
         SUMS: tl.constexpr = R if PER_ROW else 1
-        place = tl.arange(0, SUMS)
-        mine = tl.sum(terms, axis=1)
+        slot = tl.arange(0, SUMS)
         if not PER_ROW:
             mine = tl.sum(mine, axis=0)[None]
-        tl.store(partials + tl.program_id(0).to(tl.int64) * SUMS + place, mine)
+        tl.store(partials + tl.program_id(0).to(tl.int64) * SUMS + slot, mine)
         tl.debug_barrier()  # before the ticket says so, all threads' sums are written
         first, splits = tl.load(block + FIRST), tl.load(block + SPLITS)
         if tl.atomic_add(tickets + first, 1) == splits - 1:
@@ -196,78 +205,11 @@ def _backward(
             total = tl.zeros([CHUNK, SUMS], tl.float32)
             for begin in range(0, splits, CHUNK):
                 others = begin + tl.arange(0, CHUNK)[:, None]
-                place_of = (first + others) * SUMS + place[None, :]
-                total += tl.load(partials + place_of, mask=others < splits, other=0.0, cache_modifier=".cg")
-            row = tl.load(block + ROW) if PER_ROW else 0
-            inside_rows = row + place < tl.load(block + ROWS) if PER_ROW else place < 1
-            tl.store(pick(grad_steps, layer, COUNT) + row + place, tl.sum(total, axis=0), mask=inside_rows)
-
-
-Shape = tuple[int, int, int]  # rows (step sizes), columns (weights of each), bits
-
-
-@functools.cache  # without a limit: captured graphs know the tables by their addresses
-def _blocks(shapes: tuple[Shape, ...], tile: launch.Tile, per_row: bool, device: torch.device) -> Tensor:
-    """The table of blocks, int64 [programs, FIELDS], on the device: made once for the layers of a model."""
-    parts, first = [], 0
-    for layer, (rows, columns, bits) in enumerate(shapes):
-        height, width = (rows, columns) if per_row else (-(-columns // tile.columns), tile.columns)
-        down, across = -(-height // tile.rows), -(-width // tile.columns)
-        index = torch.arange(down * across)
-        splits = across if per_row else down
-        part = torch.empty(down * across, FIELDS.value, dtype=torch.int64)
-        part[:, LAYER.value] = layer
-        part[:, ROW.value] = index // across * tile.rows
-        part[:, COLUMN.value] = index % across * tile.columns
-        part[:, ROWS.value], part[:, COLUMNS.value], part[:, NUMEL.value] = height, width, rows * columns
-        part[:, LARGEST.value] = levels(bits)
-        part[:, FIRST.value] = first + index // splits * splits
-        part[:, SPLITS.value] = splits
-        parts.append(part)
-        first += len(part)
-    return torch.cat(parts).to(device)
-
-
-class Layers:
-    """The layers of one launch: dense memory, the table of blocks and what the kernels are specialised on."""
-
-    def __init__(
-        self,
-        part: Sequence[int],
-        weights: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        bits: Sequence[int],
-        grads: Sequence[Tensor] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """``part``: indices into the lists. ``dtype``: of what is written, if that is not the weights'."""
-        self.weights = tuple(operands.dense(weights[i]) for i in part)
-        self.masks = tuple(operands.relaid(masks[i], w) for i, w in zip(part, self.weights, strict=True))
-        self.steps = tuple(operands.flat_steps(steps[i]) for i in part)
-        upstream = [] if grads is None else [(grads[i], w) for i, w in zip(part, self.weights, strict=True)]
-        self.grads = tuple(operands.relaid(grad, weight) for grad, weight in upstream)
-        rows = [step.numel() for step in self.steps]
-        columns = [w.numel() // r for w, r in zip(self.weights, rows, strict=True)]
-        self.per_row = any(r > 1 for r in rows)
-        device = self.weights[0].device
-        kinds = (self.weights[0].dtype, *(g.dtype for g in self.grads[:1]), dtype)
-        itemsize = max(kind.itemsize for kind in kinds if kind)
-        tile = launch.element_wise(itemsize, max(columns) if self.per_row else None)
-        self.blocks = _blocks(
-            tuple(zip(rows, columns, [bits[i] for i in part], strict=True)), tile, self.per_row, device
-        )
-        lined_up = all(c % 16 == 0 for c, r in zip(columns, rows, strict=True) if r > 1)
-        self.options = {
-            "COUNT": len(self.weights),
-            "R": tile.rows,
-            "K": tile.columns,
-            "VEC": tile.vector,
-            "PER_ROW": self.per_row,
-            "ALIGNED": lined_up and operands.aligned((*self.weights, *self.masks, *self.grads)),
-            "num_warps": tile.warps,
-            "enable_fp_fusion": False,
-        }
+                theirs = (first + others) * SUMS + slot[None, :]
+                total += tl.load(partials + theirs, mask=others < splits, other=0.0, cache_modifier=".cg")
+            row = place[0] if PER_ROW else 0
+            inside_rows = row + slot < place[2] if PER_ROW else slot < 1
+            tl.store(pick(grad_steps, layer, COUNT) + row + slot, tl.sum(total, axis=0), mask=inside_rows)
 
 
 def _split(tensors: Sequence[Tensor], *more: Sequence[Tensor]) -> list[list[int]]:

@@ -18,7 +18,7 @@ INFINITE = tl.constexpr(0x7F800000)  # the keys of infinity and NaN start here
 NOT_FINITE = tl.constexpr(operands.NOT_FINITE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def find_not_finite(weight, found, flags, numel, TILE: tl.constexpr):
     """Set ``found`` (int32, zero), and the device's flag, to 1 if a weight is infinite or NaN."""
     begin = tl.program_id(0).to(tl.int64) * TILE
@@ -29,7 +29,7 @@ def find_not_finite(weight, found, flags, numel, TILE: tl.constexpr):
         tl.store(flags + NOT_FINITE, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def write_groups(
     mask,
     weight,

@@ -30,7 +30,7 @@ def pointer_to_words(packed, BITS: tl.constexpr):
     return pointer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def pack_words(
     values,
     packed,
@@ -68,7 +68,7 @@ def pack_words(
         tl.store(to + offsets, (words[:, None] >> (byte * 8).to(word_type)[None, :]).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def unpack_words(
     packed,
     values,

@@ -114,19 +114,28 @@ OWN_PRODUCTS = 0.5  # of a rate that a library's products reach, what kernels th
 QUANTIZER = 20  # instructions a weight
 
 
-def fuses_linear(rows: int, outs: int, ins: int, dtype: torch.dtype, capability: int) -> bool:
+def fuses_linear(rows: int, outs: int, ins: int, dtype: torch.dtype, capability: int, backward: bool = False) -> bool:
     """Whether one launch is faster than making the student's weight and two products.
 
     A model of traffic and arithmetic, not a measurement: one launch reads an fp32 weight and its mask once (5 bytes a
     weight), but quantizes it anew for every 64 rows and multiplies at half the library's rate; the other way reads 5
     and writes both weights in ``dtype``, reads w again for the teacher's, and reads both for the products. Few rows are
-    bound by the weights and fuse; from about a thousand on arithmetic decides. On Blackwell, Triton 3.6 multiplies fp32
-    in tf32 even where ieee is asked for: not there.
+    bound by the weights and fuse; from about a thousand on arithmetic decides. Rows that are not of whole 16-byte loads
+    spill registers, GPUs before Ampere have no bf16, and on Blackwell Triton 3.6 multiplies fp32 in tf32 even where
+    ieee is asked for: not there. The weight's gradient is a tile a program, each of which goes through all rows: many
+    rows need many tiles.
     """
     on_cores = dtype == torch.float32 and fp32_products() == "ieee"
-    if on_cores and capability >= 100:
-        return False
     weights, itemsize = outs * ins, dtype.itemsize
+    if (
+        capability < 80
+        or (on_cores and capability >= 100)
+        or outs * itemsize % LOAD_BYTES
+        or ins * itemsize % LOAD_BYTES
+    ):
+        return False
+    if backward and rows > 512 and -(-outs // 64) * -(-ins // 64) < 64:
+        return False
     rate = CORES if on_cores else TENSOR_CORES[itemsize]
     products = 4 * rows * weights / rate
     tiles = -(-rows // dual_product(rows, itemsize, on_cores).rows)
@@ -157,7 +166,7 @@ def fuses_conv2d(
     copies and fuse; many channels are bound by arithmetic.
     """
     on_cores = dtype == torch.float32 and fp32_products(convolution=True) == "ieee"
-    if groups != 1 or (on_cores and capability >= 100):
+    if groups != 1 or capability < 80 or (on_cores and capability >= 100):
         return False
     outs, channels, *kernel = weight
     rows, depth, itemsize = x[0] // 2 * image[0] * image[1], channels * kernel[0] * kernel[1], dtype.itemsize

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -65,7 +66,32 @@ def aligned(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
+def lasting(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """A tensor that outlives the call: made in a thread of its own, outside the caller's modes (inference_mode),
+    streams and memory pools (of a graph that is about to be captured).
+
+    Raises RuntimeError within the capture of a CUDA graph, where what is made belongs to the graph.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "expected that these shapes have run before a CUDA graph is captured, got a first call within a capture; "
+            "run the step once before (torch.cuda.graph asks for warm-up in any case)"
+        )
+
+    def run() -> Tensor:
+        if device.type != "cuda":
+            return make()
+        with torch.cuda.device(device):
+            made = make()
+            torch.cuda.current_stream(device).synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_kept: list[Tensor] = []  # outgrown ones too: their memory belongs to no stream that would be waited for
 
 
 def counters(device: torch.device, count: int) -> Tensor:
@@ -81,7 +107,10 @@ def counters(device: torch.device, count: int) -> Tensor:
         stream = torch.cuda.current_stream(device).cuda_stream
     found = _counters.get((device, stream))
     if found is None or found.numel() < count:
-        found = _counters[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        size = max(count, 1024)
+        found = lasting(lambda: torch.zeros(size, dtype=torch.int32, device=device), device)
+        _kept.append(found)
+        _counters[device, stream] = found
     return found
 
 
@@ -94,5 +123,5 @@ def error_flags(device: torch.device) -> Tensor:
     """int32 [2] on the device, to which kernels write 1 for what they find wrong; see :func:`pqk_fast.gpu.errors`."""
     found = _flags.get(device)
     if found is None:
-        found = _flags[device] = torch.zeros(2, dtype=torch.int32, device=device)
+        found = _flags[device] = lasting(lambda: torch.zeros(2, dtype=torch.int32, device=device), device)
     return found

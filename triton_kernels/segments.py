@@ -129,8 +129,8 @@ def segment_table(sizes: tuple[int, ...], tile: int, programs: int, device: torc
         first = len(rows)
         rows += [(slot, tensor, begin, min(begin + length, size), first) for begin in range(0, size, length)]
         slot += 1
-    # Waits for the copy, once for a list of shapes; within the capture of a CUDA graph torch refuses it.
-    return torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, COLUMNS.value)
+    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, COLUMNS.value)
+    return operands.lasting(lambda: table.to(device), device)
 
 
 class Ranked:
