@@ -160,13 +160,16 @@ def _weight_gradient(
             tl.store(out + place, total.to(out.dtype.element_ty), mask=exists)
 
 
-def weight_tiles(positions: int, outputs: int, depth: int, multiprocessors: int) -> tuple[dict[str, int], int]:
+def weight_tiles(
+    positions: int, outputs: int, depth: int, itemsize: int, multiprocessors: int
+) -> tuple[dict[str, int], int]:
     """Block sizes and warps for a weight gradient [outputs, depth], and among how many programs its sums are divided.
 
     As many programs as run at once; but each with four blocks of positions or more, and no more than 512 KiB of parts
     for the last one to add up.
     """
-    down, across = (min(max(launch.next_power_of_2(size), 16), 64) for size in (outputs, depth))
+    most = 32 if itemsize == 4 else 64  # fp32 factors take twice the registers
+    down, across = (min(max(launch.next_power_of_2(size), 16), n) for size, n in ((outputs, 64), (depth, most)))
     count = triton.cdiv(outputs, down) * triton.cdiv(depth, across)
     splits = min(2 * multiprocessors // count, triton.cdiv(positions, 4 * 32), 2**17 // (down * across))
     at_once = 2**13 // (down * across)
@@ -224,7 +227,9 @@ def dual_conv2d_weight_gradient(
     outputs, channels, *kernel = weight.shape
     rows, _, height, width = grad.shape
     depth, positions = channels * kernel[0] * kernel[1], rows // 2 * height * width
-    tile, splits = choice or weight_tiles(positions, outputs, depth, operands.multiprocessors(x.device))
+    tile, splits = choice or weight_tiles(
+        positions, outputs, depth, x.element_size(), operands.multiprocessors(x.device)
+    )
     count = triton.cdiv(outputs, tile["BO"]) * triton.cdiv(depth, tile["BK"])
     span = triton.cdiv(triton.cdiv(positions, tile["BR"]), splits) * tile["BR"]
     splits = triton.cdiv(positions, span)
