@@ -3,9 +3,10 @@
 #
 #     bench/gpu_suite.sh [--dry-run] OUT_DIR
 #
-# Runs from the checkout, without installation, network or compiler. It needs Python >= 3.11 with torch 2.11 (CUDA),
-# triton 3.6, numpy and rich; for the tests also pytest and hypothesis; matplotlib only for a picture of the curves.
-# No soundfile, torchaudio, torchvision or speech synthesizer. The C++ library is used if one is built, else left alone.
+# Runs from the checkout, without installation or network. It needs Python >= 3.11 with its headers and a C compiler
+# (Triton's launchers), torch 2.11 (CUDA), triton 3.6, numpy and rich; for the tests also pytest and hypothesis;
+# matplotlib only for a picture of the curves. No other package or wheel: no soundfile, torchaudio,
+# torchvision or speech synthesizer. The C++ library is used if one is built, else left alone.
 #
 # OUT_DIR gets suite.log (written as it goes), results.json (status and seconds of each stage and all records, anew
 # after each stage) and rest.tar.gz (the records apart, the tests' report, the training run). The exit status is 1 if a
