@@ -86,7 +86,7 @@ def element_wise(report: Report, dtype: torch.dtype) -> None:
     }
     for name, (run, each) in runs.items():
         candidates = {"now": with_choice({}, run)} | {key: with_choice(value, run) for key, value in tiles.items()}
-        work = partial(Workload, candidates, partial(layer, report.device, outs, ins, dtype), reference="now")
+        work = partial(Workload, candidates, partial(layer, report.device, outs, ins, dtype), agrees, reference="now")
         report.case(f"fake_quant {name}, {outs * ins} weights, {dtype}", outs * ins, each * outs * ins, work)
 
 
@@ -126,8 +126,59 @@ def products(report: Report, rows: int, arithmetic: str) -> None:
     for name, (run, choices) in runs.items():
         candidates = {"now": with_choice({}, run)} | {key: with_choice(value, run) for key, value in choices.items()}
         case = f"dual_linear {name}, B = {rows}, {outs}x{ins}, {arithmetic}"
-        work = partial(Workload, candidates, inputs, reference="now")
+        work = partial(Workload, candidates, inputs, agrees, reference="now")
         report.case(case, outs * ins, moved, work, flop=flop, arithmetic=arithmetic)
+
+
+def agrees(result: Any, truth: Any, inputs: Any) -> str | None:
+    """A choice changes no more than the order of sums."""
+    pairs = zip(*map(torch.utils._pytree.tree_leaves, (result, truth)), strict=True)
+    errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs if b.numel()]
+    return None if all(error < 1e-2 for error in errors) else f"results differ by {max(errors):.2g} of their norm"
+
+
+def convolutions(report: Report, arithmetic: str) -> None:
+    """A layer of res8, 64 images a half."""
+    from pqk_fast.triton_kernels import dual_conv2d, dual_conv2d_backward
+
+    images, dtype = report.size(64, 1), torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    shape = ([1, 1], [1, 1], [1, 1], 1)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(report.device).manual_seed(seed)
+        x = torch.randn(2 * images, 45, 25, 13, generator=generator, device=report.device).to(dtype)
+        weight, mask, step = layer(report.device, 45, 405, torch.float32, seed)
+        return x, x.clone(), weight.view(45, 45, 3, 3), mask.view(45, 45, 3, 3), step
+
+    def forward(x: Tensor, grad: Tensor, *weights: Tensor) -> Tensor:
+        return dual_conv2d.dual_conv2d(x, *weights, BITS, None, *shape, False)
+
+    def backward(needs: tuple[bool, bool], x: Tensor, grad: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return dual_conv2d_backward.dual_conv2d_backward(grad, x, *weights, BITS, *shape, False, False, *needs)
+
+    tile = launch.convolution(45, 45, 9, arithmetic == "fp32")
+    changes = [
+        {"BM": m, "BK": k, "CHANNELS": launch.channels_at_once(45, 9, k), "num_warps": warps, "num_stages": stages}
+        for m, k, warps, stages in product((32, 64, 128), (16, 32), (4, 8), (1, 2, 3))
+    ]
+    tiles = {str(change): {"convolution": {**tile, **change}} for change in changes}
+    sums = {
+        f"{change}, {splits} splits": {"convolution_gradient": ({**base, **change}, splits)}
+        for base, _ in [launch.convolution_gradient(images * 325, 45, 405, dtype.itemsize, 132)]
+        for change in ({"BR": r, "num_warps": warps} for r, warps in product((16, 32, 64), (4, 8)))
+        for splits in (8, 16, 32, 64)
+    }
+    runs: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "forward": (forward, tiles),
+        "dx": (partial(backward, (True, False)), tiles),
+        "dw": (partial(backward, (False, True)), sums),
+    }
+    weights, flop = 45 * 405, 4.0 * images * 325 * 45 * 405
+    moved = 4 * images * 325 * 45 * dtype.itemsize + 5 * weights
+    for name, (run, choices) in runs.items():
+        candidates = {"now": with_choice({}, run)} | {key: with_choice(value, run) for key, value in choices.items()}
+        work = partial(Workload, candidates, inputs, agrees, reference="now")
+        report.case(f"dual_conv2d {name} of res8, {arithmetic}", weights, moved, work, flop=flop, arithmetic=arithmetic)
 
 
 def main() -> int:
@@ -136,6 +187,8 @@ def main() -> int:
         element_wise(report, dtype)
     for rows, arithmetic in product((16, 64, 256), ("bf16", "tf32")):
         products(report, rows, arithmetic)
+    for arithmetic in ("tf32", "bf16", "fp32"):
+        convolutions(report, arithmetic)
     return report.finish()
 
 

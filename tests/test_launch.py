@@ -69,6 +69,20 @@ def test_splits_fill_the_gpu_and_leave_each_some_work(tiles: int, depths: int, e
     assert launch.splits(tiles, depths, 132) == expected
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("outputs", "depth"), [(1, 9), (45, 405), (19, 171), (64, 576), (256, 2304)])
+def test_convolution_tiles(outputs: int, depth: int, itemsize: int) -> None:
+    for on_cores in (False, True):
+        tile = launch.convolution(outputs, depth // 9, 9, on_cores)
+        assert 16 <= tile["BN"] <= 64
+        assert tile["CHANNELS"] <= tile["BK"]
+        assert 2 * tile["BM"] * tile["BN"] <= 64 * tile["num_warps"] * launch.WARP
+    tile, splits = launch.convolution_gradient(20_800, outputs, depth, itemsize, 132)
+    programs = splits * -(-outputs // tile["BO"]) * -(-depth // tile["BK"])
+    assert 1 <= programs <= max(2 * 132, -(-outputs // 64) * -(-depth // 32))
+    assert splits * tile["BO"] * tile["BK"] * 4 <= 512 * 1024
+
+
 def test_few_rows_fuse_and_many_do_not() -> None:
     """Bound by reading the weights, then by arithmetic; on Blackwell Triton's fp32 is not IEEE's."""
     fuses = [launch.fuses_linear(rows, 4096, 4096, BF16, 90) for rows in (1, 16, 64, 256, 2048, 16384)]

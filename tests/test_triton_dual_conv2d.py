@@ -27,7 +27,7 @@ needs_triton()
 from pqk_fast import reference
 from pqk_fast.triton_kernels import dual_conv2d as forward
 from pqk_fast.triton_kernels import dual_conv2d_backward as backward
-from pqk_fast.triton_kernels import operands
+from pqk_fast.triton_kernels import launch, operands
 
 DEVICE = KERNEL_DEVICE
 BITS = 4
@@ -88,7 +88,7 @@ VARIANTS = [
 def small_tiles(channels: int, taps: int, depth: int = 16) -> dict[str, int]:
     """Many tiles in small tests; compiled ones are as small as tensor cores take."""
     size = {"BM": 32, "BN": 16, "BK": depth} if DEVICE.type == "cpu" else {"BM": 64, "BN": 16, "BK": depth}
-    at_once = forward.channels_at_once(channels, taps, depth)
+    at_once = launch.channels_at_once(channels, taps, depth)
     return {**size, "CHANNELS": at_once, "num_warps": 4, "num_stages": 2}
 
 
@@ -321,8 +321,8 @@ def test_division_by_a_product_and_a_shift() -> None:
 
 
 def test_blocks_waste_few_lanes() -> None:
-    assert [forward.channels_at_once(c, 9, 16) for c in (1, 3, 16, 19, 45, 64)] == [1, 4, 16, 8, 16, 16]
-    assert [forward.channels_at_once(c, 1, 16) for c in (1, 16, 17)] == [16, 16, 16]
+    assert [launch.channels_at_once(c, 9, 16) for c in (1, 3, 16, 19, 45, 64)] == [1, 4, 16, 8, 16, 16]
+    assert [launch.channels_at_once(c, 1, 16) for c in (1, 16, 17)] == [16, 16, 16]
 
 
 @pytest.mark.parametrize("size", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (2, 1, 1, 1), (1, 3, 4, 1), (0, 3, 4, 5)])

@@ -196,32 +196,6 @@ def reciprocal_of(d: int) -> tuple[int, int]:
     return -(-(2 ** (31 + shift)) // d), shift
 
 
-def channels_at_once(channels: int, taps: int, depth: int) -> int:
-    """How many channels go into a block of ``depth`` products, so that whole blocks hold the fewest that are none."""
-
-    def padded(at_once: int) -> int:
-        return triton.cdiv(channels, at_once) * triton.cdiv(taps, depth // at_once)
-
-    return min((2**i for i in reversed(range(depth.bit_length()))), key=padded)
-
-
-def tiles(columns: int, channels: int, taps: int, on_cores: bool) -> dict[str, int]:
-    """Block sizes and warps for ``columns`` columns and ``channels`` x ``taps`` products each.
-
-    ``on_cores``: fp32 without tensor cores. The most that compiled for sm_80, 90 and 100 without spilling.
-    """
-    across = min(max(launch.next_power_of_2(columns), 16), 64)
-    depth = 16
-    return {
-        "BM": 64 if across > 16 else 128,
-        "BN": across,
-        "BK": depth,
-        "CHANNELS": channels_at_once(channels, taps, depth),
-        "num_warps": 8 if on_cores else 4,
-        "num_stages": 2,
-    }
-
-
 def is_channels_last(x: Tensor, weight: Tensor) -> bool:
     """Whether the output of a convolution is, as torch's on a GPU are: if one of the two is."""
     return bool(torch._C._conv_determine_backend_memory_format(x, weight, CUDNN) == torch.channels_last)
@@ -252,7 +226,7 @@ def convolve(
     """Launch the kernel that writes ``out [2B, N, ...]``, which is dense in one of the two layouts, and give it.
 
     ``x [2B, K, ...]``; ``weight`` is ``[N, K, ...]``, or ``[K, N, ...]`` if ``transposed``. ``choice`` replaces
-    :func:`tiles`.
+    launch.convolution.
     """
     if out.numel() == 0:
         return out
@@ -266,7 +240,7 @@ def convolve(
         over_n, over_k = over_k, over_n
     precision = launch.fp32_products(convolution=True)
     on_cores = x.dtype == torch.float32 and precision == "ieee"
-    choice = choice or tiles(columns, channels, kernel[0] * kernel[1], on_cores)
+    choice = choice or launch.convolution(columns, channels, kernel[0] * kernel[1], on_cores)
     steps = (ALONG_K if transposed else ALONG_N) if step.numel() > 1 else ONE_STEP
     with operands.on(x):
         _convolve[(triton.cdiv(positions, choice["BM"]) * triton.cdiv(columns, choice["BN"]),)](

@@ -160,23 +160,6 @@ def _weight_gradient(
             tl.store(out + place, total.to(out.dtype.element_ty), mask=exists)
 
 
-def weight_tiles(
-    positions: int, outputs: int, depth: int, itemsize: int, multiprocessors: int
-) -> tuple[dict[str, int], int]:
-    """Block sizes and warps for a weight gradient [outputs, depth], and among how many programs its sums are divided.
-
-    As many programs as run at once; but each with four blocks of positions or more, and no more than 512 KiB of parts
-    for the last one to add up.
-    """
-    most = 32 if itemsize == 4 else 64  # fp32 factors take twice the registers
-    down, across = (min(max(launch.next_power_of_2(size), 16), n) for size, n in ((outputs, 64), (depth, most)))
-    count = triton.cdiv(outputs, down) * triton.cdiv(depth, across)
-    splits = min(2 * multiprocessors // count, triton.cdiv(positions, 4 * 32), 2**17 // (down * across))
-    at_once = 2**13 // (down * across)
-    choice = {"BO": down, "BK": across, "BR": 32, "AT_ONCE": at_once, "num_warps": 8, "num_stages": 2}
-    return choice, max(splits, 1)
-
-
 def dual_conv2d_input_gradient(
     grad: Tensor,
     x: Tensor,
@@ -216,7 +199,7 @@ def dual_conv2d_weight_gradient(
     """``dL/dw = M dL_S/dwbar + (1 - M) dL_T/dw`` in the weight's dtype and layout.
 
     ``grad [2B, O, OH, OW]`` and ``x [2B, C, H, W]`` of one dtype and any strides. ``clipped``: the student's is zero
-    where ``|w M / S| > Q``. ``choice`` replaces :func:`weight_tiles`.
+    where ``|w M / S| > Q``. ``choice`` replaces launch.convolution_gradient.
     """
     result = torch.empty_like(weight)
     if grad.numel() == 0 or weight.numel() == 0:
@@ -227,7 +210,7 @@ def dual_conv2d_weight_gradient(
     outputs, channels, *kernel = weight.shape
     rows, _, height, width = grad.shape
     depth, positions = channels * kernel[0] * kernel[1], rows // 2 * height * width
-    tile, splits = choice or weight_tiles(
+    tile, splits = choice or launch.convolution_gradient(
         positions, outputs, depth, x.element_size(), operands.multiprocessors(x.device)
     )
     count = triton.cdiv(outputs, tile["BO"]) * triton.cdiv(depth, tile["BK"])

@@ -88,6 +88,49 @@ def dual_weight_gradient(itemsize: int) -> Product:
     return Product(32 if itemsize == 4 else 64, 64, 64, 4, 3)
 
 
+def channels_at_once(channels: int, taps: int, depth: int) -> int:
+    """How many channels go into a block of ``depth`` products, so that whole blocks hold the fewest that are none."""
+
+    def padded(at_once: int) -> int:
+        return -(-channels // at_once) * -(-taps // (depth // at_once))
+
+    return min((2**i for i in reversed(range(depth.bit_length()))), key=padded)
+
+
+def convolution(columns: int, channels: int, taps: int, on_cores: bool) -> dict[str, int]:
+    """Block sizes and warps for ``columns`` columns and ``channels`` x ``taps`` products each.
+
+    ``on_cores``: fp32 without tensor cores. The most that compiled for sm_80, 90 and 100 without spilling.
+    """
+    across = min(max(next_power_of_2(columns), 16), 64)
+    depth = 16
+    return {
+        "BM": 64 if across > 16 else 128,
+        "BN": across,
+        "BK": depth,
+        "CHANNELS": channels_at_once(channels, taps, depth),
+        "num_warps": 8 if on_cores else 4,
+        "num_stages": 2,
+    }
+
+
+def convolution_gradient(
+    positions: int, outputs: int, depth: int, itemsize: int, multiprocessors: int
+) -> tuple[dict[str, int], int]:
+    """Block sizes and warps for a weight gradient [outputs, depth], and among how many programs its sums are divided.
+
+    As many programs as run at once; but each with four blocks of positions or more, and no more than 512 KiB of parts
+    for the last one to add up.
+    """
+    most = 32 if itemsize == 4 else 64  # fp32 factors take twice the registers
+    down, across = (min(max(next_power_of_2(size), 16), n) for size, n in ((outputs, 64), (depth, most)))
+    count = -(-outputs // down) * -(-depth // across)
+    splits = min(2 * multiprocessors // count, -(-positions // (4 * 32)), 2**17 // (down * across))
+    at_once = 2**13 // (down * across)
+    choice = {"BO": down, "BK": across, "BR": 32, "AT_ONCE": at_once, "num_warps": 8, "num_stages": 2}
+    return choice, max(splits, 1)
+
+
 def capability(device: torch.device) -> int:
     """80, 90, 100, ...; interpreted kernels do what the oldest can."""
     if device.type != "cuda":
