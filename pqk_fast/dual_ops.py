@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pqk_fast import dispatch, reference
 from pqk_fast.autograd import DualWeights, quickly_bound
-from pqk_fast.triton_kernels import launch
+from pqk_fast.triton_kernels import launch, operands
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,15 @@ def _linear(
     return out
 
 
+def _gradients_of(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[Tensor, Tensor]:
+    """Memory for the gradients of x and the weight, that of x in this layout; empty where not needed."""
+    like = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
+    grad_x = torch.empty(x.shape, **like) if need_x else x.new_empty(0)  # type: ignore[call-overload]
+    return grad_x, torch.empty_like(weight) if need_weight else weight.new_empty(0)
+
+
 def _linear_backward(
     grad: Tensor,
     x: Tensor,
@@ -64,9 +73,8 @@ def _linear_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
+    grad_x, grad_weight = _gradients_of(x, weight, need_x, False)
     if need_x:
-        grad_x = x.new_empty(x.shape)
         weights = _weights(weight, mask, step, bits, shared, x.dtype)
         for part, each, written in zip(_halves(grad), weights, _halves(grad_x), strict=True):
             _multiply(part, each.t(), written)
@@ -74,12 +82,6 @@ def _linear_backward(
         both = (g.t() @ part for g, part in zip(_halves(grad), _halves(x), strict=True))
         grad_weight = dispatch.dual_weight_backward(*both, weight, mask, step, bits, clipped)
     return grad_x, grad_weight
-
-
-def _gradients_of(x_shape: Sequence[int], x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor]:
-    need_x, need_weight = needs
-    grad_x = x.new_empty(x_shape) if need_x else x.new_empty(0)
-    return grad_x, torch.empty_like(weight) if need_weight else weight.new_empty(0)
 
 
 def _fuses_linear(x: Tensor, weight: Tensor, backward: bool = False) -> bool:
@@ -99,7 +101,7 @@ dual_linear_backward = dispatch.define(
     "dual_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor step, int bits, bool clipped, "
     "bool shared, bool need_x, bool need_weight) -> (Tensor, Tensor)",
     _linear_backward,
-    lambda grad, x, weight, mask, step, bits, clipped, shared, *needs: _gradients_of(x.shape, x, weight, *needs),
+    lambda grad, x, weight, mask, step, bits, clipped, shared, *needs: _gradients_of(x, weight, *needs),
     lambda grad, x, weight, *_: _fuses_linear(x, weight, backward=True),
 )
 
@@ -110,18 +112,11 @@ def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if torch.channels_last in like else torch.contiguous_format
 
 
-def _image(x: Tensor, weight: Tensor, *shape: Sequence[int]) -> tuple[int, int]:
-    """Height and width of a convolution's output."""
-    each = zip(x.shape[2:], weight.shape[2:], *shape, strict=True)
-    height, width = ((size + 2 * pad - apart * (taps - 1) - 1) // by + 1 for size, taps, by, pad, apart in each)
-    return height, width
-
-
 def _images(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     """Memory for a convolution's output: ``[2B, C_out, H_out, W_out]``."""
-    shape = (x.shape[0], weight.shape[0], *_image(x, weight, stride, padding, dilation))
+    shape = (x.shape[0], weight.shape[0], *operands.convolved_size(x, weight, stride, padding, dilation))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, weight))
 
 
@@ -190,7 +185,7 @@ def _conv2d_backward(
         torch.ops.aten.convolution_backward(g, part, each, *shape)
         for g, part, each in zip(_halves(grad), _halves(x), weights, strict=True)
     ]
-    grad_x, grad_weight = _conv2d_gradients(x, weight, need_x, need_weight)
+    grad_x, grad_weight = _gradients_of(x, weight, need_x, False, _memory_format(x, weight))
     if need_x:
         for written, (of_x, _, _) in zip(_halves(grad_x), made, strict=True):
             written.copy_(of_x)
@@ -200,15 +195,9 @@ def _conv2d_backward(
     return grad_x, grad_weight
 
 
-def _conv2d_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    like = {"dtype": x.dtype, "device": x.device, "memory_format": _memory_format(x, weight)}
-    grad_x = torch.empty(x.shape, **like) if need_x else x.new_empty(0)  # type: ignore[call-overload]
-    return grad_x, torch.empty_like(weight) if need_weight else weight.new_empty(0)
-
-
 def _fuses_conv2d(x: Tensor, weight: Tensor, *shape: Any) -> bool:
     *each, groups = shape
-    image, last = _image(x, weight, *each), _memory_format(x, weight) == torch.channels_last
+    image, last = operands.convolved_size(x, weight, *each), _memory_format(x, weight) == torch.channels_last
     how = (groups, x.dtype, last, launch.capability(x.device))
     return launch.fuses_conv2d(tuple(x.shape), tuple(weight.shape), image, *how)
 
@@ -228,7 +217,7 @@ dual_conv2d_backward = dispatch.define(
     "int[] padding, int[] dilation, int groups, bool clipped, bool shared, bool need_x, bool need_weight) "
     "-> (Tensor, Tensor)",
     _conv2d_backward,
-    lambda grad, x, weight, *settings: _conv2d_gradients(x, weight, *settings[-2:]),
+    lambda grad, x, weight, *settings: _gradients_of(x, weight, settings[-2], settings[-1], _memory_format(x, weight)),
     lambda grad, x, weight, mask, step, bits, *settings: _fuses_conv2d(x, weight, *settings[:4]),
 )
 for _operation in (dual_linear, dual_linear_backward, dual_conv2d, dual_conv2d_backward):

@@ -126,5 +126,11 @@ def test_convolutions_of_small_networks_fuse(layer: str, dtype: torch.dtype, exp
     assert not launch.fuses_conv2d(*shapes, 3, dtype, False, 90), "groups"
 
 
+def test_more_positions_than_the_kernel_counts_do_not_fuse() -> None:
+    shapes = ((1, 1, 3, 3), (2**14, 2**15))
+    assert launch.fuses_conv2d((2, 1, 2**14, 2**15), *shapes, 1, BF16, False, 90)
+    assert not launch.fuses_conv2d((4, 1, 2**14, 2**15), *shapes, 1, BF16, False, 90)
+
+
 def test_what_a_gpu_can_do_is_asked_of_its_driver() -> None:
     assert launch.capability(torch.device("cpu")) == 80

@@ -332,3 +332,15 @@ def test_layout_is_that_of_torchs_convolution(size: tuple[int, ...]) -> None:
     for a in (x, x.contiguous(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).clone().permute(0, 3, 1, 2)):
         for b in (weight, weight.contiguous(memory_format=torch.channels_last)):
             assert forward.is_channels_last(a, b) == (torch.channels_last in (like(a), like(b)))
+
+
+def test_a_bias_between_other_values() -> None:
+    weight, mask, step = quantizer_inputs(Case((7, 3, 3, 3)), BITS, device=DEVICE.type)
+    x = normal_like(torch.empty(4, 3, 6, 5, device=DEVICE))
+    biases = normal_like(torch.empty(7, 2, device=DEVICE))
+    shape = ([1, 1], [1, 1], [1, 1], 1)
+    made, expected = (
+        forward.dual_conv2d(x, weight, mask, step, BITS, bias, *shape, False)
+        for bias in (biases[:, 0], biases[:, 0].clone())
+    )
+    assert torch.equal(made, expected)

@@ -248,7 +248,7 @@ def convolve(
             weight,
             operands.relaid(mask, weight),
             step,
-            step if bias is None else bias,
+            step if bias is None else bias.contiguous(),
             out,
             operands.error_flags(x.device),
             positions,
@@ -306,8 +306,7 @@ def dual_conv2d(
     ``weight [O, C, kh, kw]``; strides of both are any. Products are made in x's dtype, in which the result
     ``[2B, O, OH, OW]`` is too, and summed in fp32. The student multiplies by integers, and its sums by S.
     """
-    each = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    image = [(size + 2 * pad - apart * (taps - 1) - 1) // by + 1 for size, taps, by, pad, apart in each]
+    image = operands.convolved_size(x, weight, stride, padding, dilation)
     if groups != 1 or min(image) < 1:
         raise ValueError(
             f"expected groups 1, got {groups}, and a kernel {tuple(weight.shape[2:])} with dilation {tuple(dilation)} "

@@ -214,6 +214,8 @@ def fuses_conv2d(
     outs, channels, *kernel = weight
     rows, depth, itemsize = x[0] // 2 * image[0] * image[1], channels * kernel[0] * kernel[1], dtype.itemsize
     rate = CORES if on_cores else TENSOR_CORES[itemsize]
+    if max(rows, x[0] // 2 * x[2] * x[3]) >= 2**30:  # positions are counted in 32 bits
+        return False
     products = 4 * rows * outs * depth / rate
     moved = itemsize * (x[0] * channels * x[2] * x[3] + 2 * rows * outs) / BANDWIDTH
     one_launch = LAUNCH + max(moved, products / OWN_CONVOLUTION, rows / 64 * QUANTIZER * outs * depth / LANES)

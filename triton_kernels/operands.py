@@ -61,6 +61,13 @@ def copy_back(written: Sequence[Tensor], results: Sequence[Tensor]) -> None:
             result.copy_(source)
 
 
+def convolved_size(x: Tensor, weight: Tensor, *shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of what a convolution of these gives; ``shape`` is stride, padding and dilation."""
+    each = zip(x.shape[2:], weight.shape[2:], *shape, strict=True)
+    height, width = ((size + 2 * pad - apart * (taps - 1) - 1) // by + 1 for size, taps, by, pad, apart in each)
+    return height, width
+
+
 def aligned(tensors: Sequence[Tensor]) -> bool:
     """All begin at a multiple of 16 bytes, as loads of 16 bytes need."""
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
