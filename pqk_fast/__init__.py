@@ -5,8 +5,9 @@ Kim, Chang, Kwak: "PQK: Model Compression via Pruning, Quantization, and Knowled
 
 from pqk_fast.branches import branch, dual_forward
 from pqk_fast.config import ConfigError, PQKConfig, Recipe, load_recipe
+from pqk_fast.dual_batch_norm import DualBatchNorm
 from pqk_fast.fusion import fuse, unfuse
-from pqk_fast.layers import DualBatchNorm, PQKConv1d, PQKConv2d, PQKLinear
+from pqk_fast.layers import PQKConv1d, PQKConv2d, PQKLinear
 from pqk_fast.losses import DistillationLoss, MutualDistillationLoss
 from pqk_fast.masks import Pruner
 from pqk_fast.prepare import convert, param_groups, prepare, start_phase2

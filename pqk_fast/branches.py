@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pqk_fast.config import PQKConfig, check_choice
-from pqk_fast.layers import PQKLayer, TwoPhase
+from pqk_fast.layers import PQKLayer
+from pqk_fast.two_phase import TwoPhase
 
 MODES = ("auto", "two_pass", "stacked")
 

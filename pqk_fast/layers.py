@@ -15,73 +15,18 @@ whole model by :mod:`pqk_fast.prepare` and :mod:`pqk_fast.branches`. The phase i
 from __future__ import annotations
 
 import threading
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pqk_fast import ops
-from pqk_fast.batch_norm import batch_norm
 from pqk_fast.config import PQKConfig
 from pqk_fast.step_size import initial_step
+from pqk_fast.two_phase import TwoPhase, plain_copy, take_over
 
 Layer = TypeVar("Layer", bound="PQKLayer")
-
-
-def _take_over(new: Any, old: nn.Module) -> None:
-    """Make ``new`` stand for ``old``: the same parameters, buffers, hooks and attributes, in tables of its own.
-
-    Hooks stay in the same tables, so that handles to them keep working.
-    """
-    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    new.__dict__ = {name: value.copy() if name in tables else value for name, value in old.__dict__.items()}
-
-
-def _plain_copy(source: nn.Module, kind: type[nn.Module], tensors: dict[str, Tensor | None]) -> nn.Module:
-    """A ``kind`` with ``source``'s settings and copies of ``tensors``; weight and bias keep their ``requires_grad``."""
-    module = kind.__new__(kind)
-    module.__dict__ = {
-        name: value.copy() if isinstance(value, dict | set) else value
-        for name, value in source.__dict__.items()
-        if name not in ("phase", "branch", "branch_held", "config", "ran", "fused", "fed")
-    }
-    module._parameters, module._buffers = {}, {}
-    for name, value in tensors.items():
-        if name not in ("weight", "bias"):
-            module._buffers[name] = None if value is None else value.clone()
-        elif value is None:
-            module._parameters[name] = None
-        else:
-            module._parameters[name] = nn.Parameter(value.clone(), getattr(source, name).requires_grad)
-    return module
-
-
-class TwoPhase(nn.Module):
-    """A module that knows the phase and the branch. The phase travels in the state dict as ``pqk_phase`` (uint8 [])."""
-
-    phase: int
-    branch: str
-    branch_held: int  # how many `with branch(...)` are open around the module
-    pqk_phase: Tensor
-
-    def _start(self) -> None:
-        self.branch, self.branch_held = "student", 0
-        own = next(chain(self.parameters(), self.buffers()), torch.empty(0))
-        self.register_buffer("pqk_phase", torch.ones((), dtype=torch.uint8, device=own.device))
-        self.set_phase(1)
-
-    def set_phase(self, phase: int) -> None:
-        """1 or 2; what learns in it is the subclass's to say."""
-        self.phase = phase
-        self.pqk_phase.fill_(phase)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if f"{prefix}pqk_phase" in state_dict and not self.pqk_phase.is_meta:
-            self.set_phase(int(self.pqk_phase))
 
 
 class PQKLayer(TwoPhase):
@@ -147,7 +92,7 @@ class PQKLayer(TwoPhase):
         if module.weight.dtype not in ops.WEIGHT_DTYPES:
             raise TypeError(f"weights must be fp32, bf16 or fp16, got {module.weight.dtype}; use model.float() first")
         layer = cls.__new__(cls)
-        _take_over(layer, module)
+        take_over(layer, module)
         layer._attach(config)
         return layer
 
@@ -155,7 +100,7 @@ class PQKLayer(TwoPhase):
     def to_float(self, branch: str = "student") -> nn.Module:
         """A plain float layer with this branch's weight baked in; nothing is shared with the PQK layer."""
         weight = self.student_weight(self.weight.dtype) if branch == "student" else self.full_weight()
-        return _plain_copy(self, self.float_type, {"weight": weight, "bias": self.bias})
+        return plain_copy(self, self.float_type, {"weight": weight, "bias": self.bias})
 
     def student_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """``wbar``: masked, fake-quantized. In phase 2 its gradient reaches kept weights only and S is a constant."""
@@ -270,130 +215,3 @@ class PQKConv1d(PQKLayer, nn.Conv1d):
 
 
 PQK_LAYERS: tuple[type[PQKLayer], ...] = (PQKLinear, PQKConv1d, PQKConv2d)
-
-
-BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-class DualBatchNorm(TwoPhase, _BatchNorm):
-    """BatchNorm with one set of statistics and affine parameters for the student, another for the full net.
-
-    The student's keep the original names (``weight``, ``running_mean``, ...), the full net's are prefixed with
-    ``teacher_`` and exist from the start, so that shapes never change; a float state dict loads strictly (the full
-    net's entries then follow the student's). A class each for BatchNorm1d, 2d and 3d.
-    """
-
-    float_type: type[_BatchNorm]
-    teacher_weight: nn.Parameter | None
-    teacher_bias: nn.Parameter | None
-    teacher_running_mean: Tensor | None
-    teacher_running_var: Tensor | None
-    teacher_num_batches_tracked: Tensor | None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._attach()
-
-    def _attach(self) -> None:
-        for name in BATCH_NORM_STATE:
-            own = getattr(self, name)
-            if name in ("weight", "bias"):
-                frozen = None if own is None else nn.Parameter(own.detach().clone(), requires_grad=False)
-                self.register_parameter(f"teacher_{name}", frozen)
-            else:
-                self.register_buffer(f"teacher_{name}", None if own is None else own.clone())
-        self._start()
-
-    def set_phase(self, phase: int) -> None:
-        """The full net's affine parameters learn in phase 2, where the student's do."""
-        super().set_phase(phase)
-        for name in ("weight", "bias"):
-            own = getattr(self, name)
-            if own is not None:
-                getattr(self, f"teacher_{name}").requires_grad_(phase == 2 and own.requires_grad)
-
-    @classmethod
-    def from_float(cls, module: nn.Module) -> DualBatchNorm:
-        """The dual layer around ``module``'s own parameters; TypeError for anything but BatchNorm1d, 2d or 3d."""
-        kind = _DUAL_TYPES.get(type(module))
-        if kind is None:
-            raise TypeError(f"DualBatchNorm.from_float takes BatchNorm1d, 2d or 3d, got {type(module).__name__}")
-        dual = kind.__new__(kind)
-        _take_over(dual, module)
-        dual._attach()
-        return dual
-
-    @torch.no_grad()
-    def to_float(self, branch: str = "student") -> nn.Module:
-        """A plain BatchNorm with this branch's statistics and affine parameters; nothing is shared."""
-        prefix = "teacher_" if branch == "teacher" else ""
-        return _plain_copy(self, self.float_type, {name: getattr(self, prefix + name) for name in BATCH_NORM_STATE})
-
-    @torch.no_grad()
-    def start_teacher(self, how: str) -> None:
-        """Start the full net's set ``"fresh"`` (mean 0, variance 1, affine 1 and 0) or as a ``"copy"``.
-
-        A frozen BatchNorm (affine parameters that do not learn) is copied in any case: a fresh one could not adapt.
-        """
-        frozen = self.weight is not None and not self.weight.requires_grad
-        fresh = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
-        for name, value in fresh.items():
-            teacher = getattr(self, f"teacher_{name}")
-            if teacher is None:
-                continue
-            if how == "copy" or frozen:
-                teacher.copy_(getattr(self, name))
-            else:
-                teacher.fill_(value)
-
-    def _normalize(self, x: Tensor, prefix: str) -> Tensor:
-        mean, var = getattr(self, f"{prefix}running_mean"), getattr(self, f"{prefix}running_var")
-        factor = 0.0 if self.momentum is None else self.momentum
-        tracked = getattr(self, f"{prefix}num_batches_tracked")
-        if self.training and self.track_running_stats and tracked is not None:
-            tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(tracked)
-        update = not self.training or self.track_running_stats
-        return batch_norm(
-            x,
-            mean if update else None,
-            var if update else None,
-            getattr(self, f"{prefix}weight"),
-            getattr(self, f"{prefix}bias"),
-            self.training or mean is None,
-            factor,
-            self.eps,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        if self.branch != "stacked":
-            return self._normalize(x, "teacher_" if self.branch == "teacher" else "")
-        student, teacher = x.chunk(2)
-        return torch.cat([self._normalize(student, ""), self._normalize(teacher, "teacher_")])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if f"{prefix}pqk_phase" not in state_dict:  # a float state dict
-            for name in BATCH_NORM_STATE:
-                if f"{prefix}{name}" in state_dict:
-                    state_dict[f"{prefix}teacher_{name}"] = state_dict[f"{prefix}{name}"].clone()
-            state_dict[f"{prefix}pqk_phase"] = self.pqk_phase.clone()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class DualBatchNorm1d(DualBatchNorm, nn.BatchNorm1d):
-    float_type = nn.BatchNorm1d
-
-
-class DualBatchNorm2d(DualBatchNorm, nn.BatchNorm2d):
-    float_type = nn.BatchNorm2d
-
-
-class DualBatchNorm3d(DualBatchNorm, nn.BatchNorm3d):
-    float_type = nn.BatchNorm3d
-
-
-_DUAL_TYPES: dict[type, type[DualBatchNorm]] = {
-    dual.float_type: dual for dual in (DualBatchNorm1d, DualBatchNorm2d, DualBatchNorm3d)
-}

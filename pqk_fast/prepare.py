@@ -12,8 +12,10 @@ from torch import nn
 
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
 from pqk_fast.config import ConfigError, PQKConfig, check_choice, matches, nearest
+from pqk_fast.dual_batch_norm import DualBatchNorm
 from pqk_fast.fusion import unfuse
-from pqk_fast.layers import PQK_LAYERS, DualBatchNorm, PQKLayer, TwoPhase
+from pqk_fast.layers import PQK_LAYERS, PQKLayer
+from pqk_fast.two_phase import TwoPhase
 
 Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool]

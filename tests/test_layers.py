@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pqk_fast import PQKConfig, reference
-from pqk_fast.layers import DualBatchNorm, DualBatchNorm2d, PQKConv1d, PQKConv2d, PQKLinear
+from pqk_fast.dual_batch_norm import DualBatchNorm, DualBatchNorm2d
+from pqk_fast.layers import PQKConv1d, PQKConv2d, PQKLinear
 
 CONFIG = PQKConfig(bits=3, step_init="max")
 

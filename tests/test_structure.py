@@ -33,6 +33,8 @@ ORDER = (
     "packing",
     "ops",
     "step_size",
+    "two_phase",
+    "dual_batch_norm",
     "layers",
     "branches",
     "fusion",
@@ -48,7 +50,7 @@ ORDER = (
 )
 # Parts that stand beside that order, and what each may import. Only experiments and what comes after may import them.
 LEAVES = {"models": (), "data": ("files", "config"), "record": ("files",), "report": ("files", "record")}
-OPTIONAL = {"torchvision", "torchaudio", "matplotlib", "triton", "espeakng_loader", "PIL", "soundfile"}
+OPTIONAL = {"torchvision", "torchaudio", "matplotlib", "triton", "espeakng_loader", "PIL", "soundfile", "lightning", "tensorboard"}
 
 
 def module_name(path: Path) -> str:
