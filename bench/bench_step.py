@@ -30,9 +30,11 @@ from torch import Tensor, nn
 import pqk_fast as pqk
 from pqk_fast import ops
 from pqk_fast.branches import pqk_layers
-from pqk_fast.data.cifar import CifarBatches, CifarSplit
+from pqk_fast.data.cifar import CifarSplit
+from pqk_fast.data.cifar_batches import CifarBatches
 from pqk_fast.data.features import dct_matrix
-from pqk_fast.data.speech_commands import CLIP_SAMPLES, Noise, SpeechBatches, SpeechSet
+from pqk_fast.data.speech_batches import SpeechBatches
+from pqk_fast.data.speech_commands import CLIP_SAMPLES, Noise, SpeechSet
 from pqk_fast.models import create_model
 
 LR = 1e-4

@@ -48,9 +48,9 @@ export PYTHONPATH=$root PYTHONUNBUFFERED=1
 compgen -G 'pqk_fast/_C*.so' > /dev/null || export PQK_FAST_NATIVE=0
 
 # Seconds of the whole that a stage gets, as shares, in order of value. What a stage leaves goes to those after it.
-stages=(smoke tests dual_forward fake_quant topk_mask int4 step paper)
+stages=(smoke tests dual_forward fake_quant topk_mask int4 step overhead paper)
 declare -A share=([smoke]=45 [tests]=125 [dual_forward]=105 [fake_quant]=85)
-share+=([topk_mask]=40 [int4]=30 [step]=50 [paper]=55)
+share+=([topk_mask]=40 [int4]=30 [step]=50 [overhead]=60 [paper]=55)
 chosen=${PQK_FAST_SUITE_STAGES:-${stages[*]}}
 shares=0
 for name in $chosen; do
@@ -61,7 +61,7 @@ done
 # What there is so far, in OUT_DIR; each file is whole at any time.
 keep() {
     "$python" bench/gather.py "$work" "$out/results.json" >> "$log" 2>&1 || failed=1
-    tar -czf "$out/rest.new" --exclude=checkpoint.pt --exclude=words -C "$work" . &&
+    tar -czf "$out/rest.new" --exclude=checkpoints --exclude=words -C "$work" . &&
         mv "$out/rest.new" "$out/rest.tar.gz"
 }
 
@@ -113,6 +113,7 @@ if [ "$device" = cpu ]; then
     quick=("${brief[@]}" --shrink 1024)
     small=("${brief[@]}" --shrink 32)
     steps=(--shrink 32 --rounds 3 --threads 1)
+    parts=("${steps[@]}" --model res8_narrow --without torch.compile)
     short=(--set phase1.steps=40 --set phase1.epoch_steps=20
         --set phase2.steps=20 --set phase2.epoch_steps=10 --set phase2.distill_start=5)
 else
@@ -120,6 +121,7 @@ else
     quick=(--seconds 1)
     small=(--seconds 1)
     steps=(--rounds 30)
+    parts=(--rounds 20 --model res8_narrow)
     short=()
     # compiling takes most of the tests' time: with pytest-xdist, where there is one, several at a time
     if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n 6); fi
@@ -133,6 +135,7 @@ bench fake_quant "${quick[@]}"
 bench topk_mask "${quick[@]}"
 bench int4 "${quick[@]}"
 bench step "${steps[@]}"
+bench overhead "${parts[@]}"
 stage paper bash -c "$paper" "$python" "$device" "$work" "${short[@]}"
 
 [ $dry = 0 ] || exit 0

@@ -21,6 +21,18 @@ def quickly_bound(forward: Forward) -> Forward:
     return forward
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``; its forward alone where the compiler has nothing to differentiate.
+
+    There torch.compile looks at the signature (torch 2.11 to 2.13), and a quickly bound one says nothing.
+    """
+    if torch.compiler.is_compiling():
+        learning = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        if not (learning and torch.is_grad_enabled()):
+            return function.forward(*args)
+    return function.apply(*args)
+
+
 def _passed_on(grad: Tensor, weight: Tensor, ste: str, mask_gradients: bool) -> bool:
     """True where the weight's gradient is the incoming one as it is: nothing to compute, nothing to copy."""
     return ste == "identity" and not mask_gradients and grad.dtype == weight.dtype

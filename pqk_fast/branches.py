@@ -48,7 +48,8 @@ class branch:
     """One branch of a prepared model: ``branch(model, "teacher")(x)``, or ``with branch(model, "teacher"): ...``.
 
     "student" is what ``model(x)`` is anyway; "teacher" is the full net (latent weights, its own BatchNorm); "stacked"
-    takes ``[x_student; x_teacher]`` of 2B rows (see :func:`dual_forward`). Outside, every module is as it was.
+    takes ``[x_student; x_teacher]`` of 2B rows (see :func:`dual_forward`). Outside, every module is as it was; what the
+    call form computed knows its branch in backward too, for activation checkpointing.
 
     Raises ValueError for another name, an unprepared model, or in phase 1 for any branch but the student.
     """
@@ -77,8 +78,37 @@ class branch:
             module.branch_held -= 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            with self:
+                return self.model(*args, **kwargs)
+        first = torch._C._autograd._get_sequence_nr()
         with self:
-            return self.model(*args, **kwargs)
+            out = self.model(*args, **kwargs)
+            modules = [module for module, _ in self._before[-1]]
+        if nodes := range(first, torch._C._autograd._get_sequence_nr()):
+            _each_tensor(out, lambda tensor: _remember(tensor, modules, self.name, nodes))
+        return out
+
+
+def _remember(out: Tensor, modules: list[TwoPhase], name: str, nodes: range) -> None:
+    """Tell the modules, once backward comes to ``out``, what branch they ran in when autograd's ``nodes`` were made."""
+
+    def tell(_: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        for module in modules:
+            module.__dict__["recomputed"] = task, name, nodes
+
+    if out.requires_grad:
+        out.register_hook(tell)
+
+
+def _each_tensor(tree: Any, function: Callable[[Tensor], object]) -> None:
+    """``function`` of all tensors in tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        function(tree)
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            _each_tensor(value, function)
 
 
 def _map(function: Callable[[Tensor], Any], tree: Any, what: str) -> Any:
@@ -111,7 +141,7 @@ def _two_pass(model: nn.Module, x: Any, index: Tensor | None = None) -> tuple[An
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients, dropout, autocast or TF32; buffers and random state are afterwards what they were."""
+    """No gradients, dropout, autocast or cuDNN's TF32; buffers and random state are afterwards what they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     rates: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
@@ -120,15 +150,21 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 rates.append((module, name, getattr(module, name)))
                 setattr(module, name, 0.0)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    cudnn: Any = torch.backends.cudnn
+    # Set one by one: allow_tf32, which is for both, cannot even be read where they differ.
+    precisions = [(setting, setting.fp32_precision) for setting in (cudnn.conv, cudnn.rnn)]
     try:
+        for setting, _ in precisions:
+            setting.fp32_precision = "ieee"
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=sorted(devices)),
             torch.autocast("cuda" if devices else "cpu", enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # its default would switch cuDNN off
         ):
             yield
     finally:
+        for setting, precision in precisions:
+            setting.fp32_precision = precision
         for buffer, value in buffers:
             buffer.copy_(value)
         for module, name, rate in rates:
@@ -193,6 +229,27 @@ def why_not_stacked(model: nn.Module, x: Any) -> str | None:
     return None
 
 
+def choose_mode(model: nn.Module, x: Any, mode: str = "auto") -> str:
+    """ "two_pass" or "stacked": what :func:`dual_forward` does with ``mode``, "auto" decided by one batch ``x``.
+
+    The decision is kept in ``model.stacked_is_right``; ``start_phase2`` resets it. It takes four forwards that no
+    compiler can trace, so call this before compiling what calls :func:`dual_forward`. Raises as that does.
+    """
+    check_choice("mode", mode, MODES)
+    require_phase2(model)
+    if mode != "auto":
+        return mode
+    if getattr(model, "stacked_is_right", None) is None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("call pqk_fast.branches.choose_mode(model, x, mode) once, before compiling")
+        reason = why_not_stacked(model, x)
+        model.stacked_is_right = reason is None  # type: ignore[assignment]
+        if reason is not None:
+            warnings.warn(f"dual_forward falls back to two passes: {reason}", stacklevel=3)
+    on_gpu = next(model.parameters()).is_cuda
+    return "stacked" if model.stacked_is_right and on_gpu else "two_pass"
+
+
 def dual_forward(model: nn.Module, x: Any, mode: str = "auto") -> tuple[Any, Any]:
     """Student's and teacher's outputs for one batch ``x`` (a tensor, or tuple, list or dict of tensors).
 
@@ -200,22 +257,12 @@ def dual_forward(model: nn.Module, x: Any, mode: str = "auto") -> tuple[Any, Any
     giving the first half the student's weights and the second half the teacher's; it needs dimension 0 to be the batch
     everywhere and samples that do not meet, which is *not* checked. ``auto`` compares the two on the model's first
     batch (:func:`why_not_stacked`), warns and stays with two_pass if they differ; if they agree it takes the faster:
-    stacked on a GPU, two_pass on the CPU. Its decision is kept in ``model.stacked_is_right``; ``start_phase2`` resets
-    it.
+    stacked on a GPU, two_pass on the CPU (:func:`choose_mode`).
 
-    With activation checkpointing, which computes the forward again during backward, call the model and ``backward`` on
-    ``[x; x]`` inside ``with branch(model, "stacked")`` instead; anything else is refused by the layers.
+    Models that use activation checkpointing, which computes the forward again during backward, may do so.
 
     Raises ValueError for another mode, an unprepared model, or phase 1.
     """
-    check_choice("mode", mode, MODES)
-    require_phase2(model)
-    if mode == "auto":
-        if getattr(model, "stacked_is_right", None) is None:
-            reason = why_not_stacked(model, x)
-            model.stacked_is_right = reason is None  # type: ignore[assignment]
-            if reason is not None:
-                warnings.warn(f"dual_forward falls back to two passes: {reason}", stacklevel=2)
-        on_gpu = next(model.parameters()).is_cuda
-        mode = "stacked" if model.stacked_is_right and on_gpu else "two_pass"
-    return _stacked(model, x) if mode == "stacked" else _two_pass(model, x)
+    if choose_mode(model, x, mode) == "stacked":
+        return _stacked(model, x)
+    return _two_pass(model, x)

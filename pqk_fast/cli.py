@@ -20,31 +20,48 @@ import pqk_fast
 from pqk_fast import native, report
 from pqk_fast.allocator import recycle_large_tensors
 from pqk_fast.branches import branch
-from pqk_fast.callbacks import ProgressDisplay
-from pqk_fast.checkpoint import load_checkpoint
+from pqk_fast.callbacks import Callback, ProgressDisplay
+from pqk_fast.checkpoint import Checkpoints, load_checkpoint
 from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names
 from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
 from pqk_fast.data.spoken_words import write_spoken_words
 from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
+from pqk_fast.interrupts import Interrupted
+from pqk_fast.loop import TrainingDivergedError
+from pqk_fast.metrics import accuracy
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
+from pqk_fast.ranks import Ranks, RanksDifferError, join, leave
 from pqk_fast.record import environment, read_record
-from pqk_fast.trainer import TrainingDivergedError, accuracy
+from pqk_fast.steps import PRECISIONS
+from pqk_fast.tensorboard import TensorBoardCallback
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def _run(recipe: Recipe, splits: Splits, out: Path, device: str) -> None:
+def _run(recipe: Recipe, splits: Splits, out: Path, device: str, **options: Any) -> None:
     """Train, then show the table and say where everything is."""
+    ranks = Ranks()
+    callbacks: list[Callback] = [ProgressDisplay(console)]
+    if options.pop("tensorboard", False):
+        callbacks.append(TensorBoardCallback(out / "tensorboard"))
+    if not ranks.main:
+        run_recipe(recipe, splits, out, device, (), **options)
+        return
     sizes = ", ".join(f"{count} {split}" for split, count in splits.sizes.items())
     console.print(f"[bold]{recipe.name}[/]: {recipe.model} on {recipe.data.name} ({sizes}), device {device}")
-    if recycle_large_tensors():
-        console.print("malloc keeps large tensors' memory for the next (PQK_FAST_MALLOC=default leaves it alone)")
-    record = run_recipe(recipe, splits, out, device, [ProgressDisplay(console)])
+    if ranks.world > 1:
+        console.print(
+            f"{ranks.world} ranks, each with {recipe.data.batch_size // ranks.world} of a batch's "
+            f"{recipe.data.batch_size}"
+        )
+    if device == "cpu" and options.get("recycle_memory", True) and recycle_large_tensors():
+        console.print("malloc keeps large tensors' memory for the next (--no-recycle leaves it alone)")
+    record = run_recipe(recipe, splits, out, device, callbacks, **options)
     console.print(report.results_table(record))
     if "layers" in record:
         console.print(report.layers_table(record))
-    written = ["record.json", "checkpoint.pt"]
+    written = ["record.json", "checkpoints"]
     try:
         report.plot_curves(record, out / "curves.png")
         written.append("curves.png")
@@ -59,9 +76,7 @@ def _seconds_since(start: float) -> str:
 
 def demo(args: argparse.Namespace) -> None:
     recipe = load_recipe("demo", args.set)
-    record = args.out / "record.json"
-    if record.exists() and read_record(record)["recipe"].get("name") == "demo":
-        record.unlink()  # a demo is made to be run again; any other run is kept
+    _clear_old_demo(args.out)
     check_run(recipe, args.out)
     start = time.perf_counter()
     with Progress(console=console, transient=True) as bar:
@@ -75,11 +90,62 @@ def demo(args: argparse.Namespace) -> None:
     console.print(f"whole demo: {_seconds_since(start)}")
 
 
+def _clear_old_demo(out: Path) -> None:
+    """A demo is made to be run again; any other run is kept."""
+    record, checkpoints = out / "record.json", Checkpoints(out)
+    if record.exists() and read_record(record)["recipe"].get("name") == "demo":
+        record.unlink()
+    elif not checkpoints.paths() or checkpoints.newest()["recipe"].get("name") != "demo":
+        return
+    for path in checkpoints.paths():
+        path.unlink()
+
+
 def train(args: argparse.Namespace) -> None:
-    recipe = load_recipe(args.recipe, args.set)
-    out = args.out or Path("runs") / recipe.name
-    check_run(recipe, out)
-    _run(recipe, load_splits(recipe, args.data, args.device, args.download), out, args.device)
+    recipe, out = _recipe_and_folder(args)
+    if args.resume and (out / "record.json").exists():
+        console.print(escape(f"{out} holds the finished run: nothing to do"))
+        console.print(report.results_table(read_record(out / "record.json")))
+        return
+    check_run(recipe, out, args.resume)
+    if args.resume and not Checkpoints(out).paths():
+        console.print(escape(f"no checkpoint in {out} yet: starting from the beginning"))
+    device = join(args.device)
+    try:
+        ranks = Ranks()
+        if args.download and not ranks.main:
+            raise ValueError("--download is for one process: fetch the data first, then start the ranks without it")
+        splits = load_splits(recipe, args.data, device, args.download, rank=ranks.rank, world=ranks.world)
+        _run(
+            recipe,
+            splits,
+            out,
+            device,
+            resume=args.resume,
+            keep_checkpoints=args.keep_checkpoints,
+            precision=args.precision,
+            compile=args.compile,
+            capture=args.capture,
+            sync_batch_norm=args.sync_batch_norm,
+            recycle_memory=not args.no_recycle,
+            tensorboard=args.tensorboard,
+        )
+    finally:
+        leave()
+
+
+def _recipe_and_folder(args: argparse.Namespace) -> tuple[Recipe, Path]:
+    """What --recipe and --out say; to resume, one of them is enough."""
+    if args.recipe is not None:
+        recipe = load_recipe(args.recipe, args.set)
+        return recipe, args.out or Path("runs") / recipe.name
+    if not (args.resume and args.out):
+        raise ValueError("say what to train with --recipe NAME, or which run goes on with --resume --out RUN")
+    if args.set:
+        raise ValueError("--set changes a recipe; a run goes on with the recipe that it was started with")
+    record = args.out / "record.json"
+    saved = read_record(record) if record.exists() else Checkpoints(args.out).newest()
+    return recipe_from_dict(saved["recipe"]), args.out
 
 
 def _saved_models(recipe: Recipe, saved: dict[str, Any], view: str, device: str) -> Iterator[torch.nn.Module | None]:
@@ -96,7 +162,7 @@ def _saved_models(recipe: Recipe, saved: dict[str, Any], view: str, device: str)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    checkpoint = load_checkpoint(args.run / "checkpoint.pt" if args.run.is_dir() else args.run, args.device)
+    checkpoint = load_checkpoint(args.run)
     recipe = recipe_from_dict(checkpoint["recipe"])
     batches: Batches | None
     if args.split == "all":
@@ -189,10 +255,25 @@ def _parser() -> argparse.ArgumentParser:
     common(sub)
 
     sub = command(train, "train", "train a recipe: vanilla, phase 1, finetune and phase 2, with a record of it all")
-    sub.add_argument("--recipe", required=True, help="a name from `pqk-fast recipes`, or a TOML file")
+    sub.add_argument("--recipe", help="a name from `pqk-fast recipes`, or a TOML file")
     sub.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
     sub.add_argument("--out", type=Path, metavar="RUN", help="run folder to write (default: runs/RECIPE)")
     sub.add_argument("--download", action="store_true", help="fetch the official data set into DIR first")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in RUN from its newest checkpoint")
+    sub.add_argument(
+        "--keep-checkpoints", type=int, default=3, metavar="N", help="newest checkpoints to keep (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="fp32",
+        help="bf16, fp16: mixed precision by autocast (default: %(default)s)",
+    )
+    sub.add_argument("--compile", action="store_true", help="torch.compile forward and loss, once a stage")
+    sub.add_argument("--capture", action="store_true", help="on a GPU: whole steps as CUDA graphs")
+    sub.add_argument("--sync-batch-norm", action="store_true", help="many GPUs: batch statistics over all of them")
+    sub.add_argument("--no-recycle", action="store_true", help="leave malloc's settings alone (CPU)")
+    sub.add_argument("--tensorboard", action="store_true", help="also write scalars for TensorBoard into RUN")
     settable(sub)
     common(sub)
 
@@ -213,14 +294,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 1 with a message if the input was wrong, 130 after Ctrl-C."""
+    """Run one command; 0 if it worked, 1 with a message if the input was wrong, 128 + n after signal n."""
     args = _parser().parse_args(arguments)
     try:
         args.function(args)
+    except Interrupted as interrupt:
+        again = "; train the same with --resume to go on"
+        console.print(f"\n[bold]{interrupt.signal.name}[/]: {escape(str(interrupt))}{again}")
+        return 128 + interrupt.signal
     except KeyboardInterrupt:
-        console.print("\n[bold]interrupted[/]: a run folder's checkpoint.pt holds its last finished epoch")
+        console.print("\n[bold]interrupted[/]; a run that has checkpoints goes on with --resume")
         return 130
-    except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError) as error:
+    except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError, RanksDifferError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         return 1
     return 0

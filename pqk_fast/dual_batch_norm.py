@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pqk_fast.batch_norm import batch_norm
+from pqk_fast.batch_norm import batch_norm, sync_batch_norm
 from pqk_fast.two_phase import TwoPhase, plain_copy, take_over
 
 BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -19,10 +21,11 @@ class DualBatchNorm(TwoPhase, _BatchNorm):
 
     The student's keep the original names (``weight``, ``running_mean``, ...), the full net's are prefixed with
     ``teacher_`` and exist from the start, so that shapes never change; a float state dict loads strictly (the full
-    net's entries then follow the student's). A class each for BatchNorm1d, 2d and 3d.
+    net's entries then follow the student's). A class each for BatchNorm1d, 2d, 3d and SyncBatchNorm.
     """
 
     float_type: type[_BatchNorm]
+    added = tuple(f"teacher_{name}" for name in BATCH_NORM_STATE)
     teacher_weight: nn.Parameter | None
     teacher_bias: nn.Parameter | None
     teacher_running_mean: Tensor | None
@@ -53,10 +56,12 @@ class DualBatchNorm(TwoPhase, _BatchNorm):
 
     @classmethod
     def from_float(cls, module: nn.Module) -> DualBatchNorm:
-        """The dual layer around ``module``'s own parameters; TypeError for anything but BatchNorm1d, 2d or 3d."""
+        """The dual layer around ``module``'s own parameters; TypeError for anything but ``BATCH_NORMS``."""
         kind = _DUAL_TYPES.get(type(module))
         if kind is None:
-            raise TypeError(f"DualBatchNorm.from_float takes BatchNorm1d, 2d or 3d, got {type(module).__name__}")
+            raise TypeError(
+                f"DualBatchNorm.from_float takes BatchNorm1d, 2d, 3d or SyncBatchNorm, got {type(module).__name__}"
+            )
         dual = kind.__new__(kind)
         take_over(dual, module)
         dual._attach()
@@ -94,7 +99,7 @@ class DualBatchNorm(TwoPhase, _BatchNorm):
             if self.momentum is None:
                 factor = 1.0 / float(tracked)
         update = not self.training or self.track_running_stats
-        return batch_norm(
+        return self._function()(
             x,
             mean if update else None,
             var if update else None,
@@ -105,20 +110,32 @@ class DualBatchNorm(TwoPhase, _BatchNorm):
             self.eps,
         )
 
+    def _function(self) -> Callable[..., Tensor]:
+        return batch_norm
+
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if self.branch != "stacked":
-            return self._normalize(x, "teacher_" if self.branch == "teacher" else "")
+        branch = self.branch_now()
+        if branch != "stacked":
+            return self._normalize(x, "teacher_" if branch == "teacher" else "")
         student, teacher = x.chunk(2)
         return torch.cat([self._normalize(student, ""), self._normalize(teacher, "teacher_")])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if f"{prefix}pqk_phase" not in state_dict:  # a float state dict
-            for name in BATCH_NORM_STATE:
-                if f"{prefix}{name}" in state_dict:
-                    state_dict[f"{prefix}teacher_{name}"] = state_dict[f"{prefix}{name}"].clone()
-            state_dict[f"{prefix}pqk_phase"] = self.pqk_phase.clone()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _read_prepared(self, entries: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[str]:
+        alone = [name for name in BATCH_NORM_STATE if name in entries and f"teacher_{name}" not in entries]
+        if alone:
+            yield (
+                f"teacher_{alone[0]} is missing beside {alone[0]}: give both, or leave out pqk_phase and all that "
+                "begins with teacher_ to start the full net's BatchNorm anew"
+            )
+        yield from super()._read_prepared(entries, metadata)
+
+    def _read_float(self, entries: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[str]:
+        if any(name in entries for name in BATCH_NORM_STATE):
+            if self.num_batches_tracked is not None and (metadata.get("version") or 1) < 2:  # as BatchNorm itself does
+                entries.setdefault("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+            entries |= {f"teacher_{name}": value.clone() for name, value in entries.items()}
+        yield from super()._read_float(entries, metadata)
 
 
 class DualBatchNorm1d(DualBatchNorm, nn.BatchNorm1d):
@@ -133,6 +150,32 @@ class DualBatchNorm3d(DualBatchNorm, nn.BatchNorm3d):
     float_type = nn.BatchNorm3d
 
 
+class DualSyncBatchNorm(DualBatchNorm):
+    """In training, each branch's batch statistics are over the batches of all ranks of ``process_group`` (None: all).
+
+    On any device that the group's backend knows. Ranks may have batches of different sizes. Otherwise (in evaluation,
+    on one rank) as BatchNorm. No subclass of nn.SyncBatchNorm, which DistributedDataParallel refuses on the CPU.
+    """
+
+    float_type = nn.SyncBatchNorm
+    process_group: Any
+
+    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.process_group = process_group
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions, got {x.dim()}")
+
+    def _function(self) -> Callable[..., Tensor]:
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.training and together and torch.distributed.get_world_size(self.process_group) > 1:
+            return partial(sync_batch_norm, group=self.process_group)
+        return batch_norm
+
+
 _DUAL_TYPES: dict[type, type[DualBatchNorm]] = {
-    dual.float_type: dual for dual in (DualBatchNorm1d, DualBatchNorm2d, DualBatchNorm3d)
+    dual.float_type: dual for dual in (DualBatchNorm1d, DualBatchNorm2d, DualBatchNorm3d, DualSyncBatchNorm)
 }
+BATCH_NORMS = tuple(_DUAL_TYPES)  # what DualBatchNorm.from_float takes

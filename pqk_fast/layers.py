@@ -15,18 +15,23 @@ whole model by :mod:`pqk_fast.prepare` and :mod:`pqk_fast.branches`. The phase i
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk_fast import ops
+from pqk_fast import ops, sharding
 from pqk_fast.config import PQKConfig
 from pqk_fast.step_size import initial_step
-from pqk_fast.two_phase import TwoPhase, plain_copy, take_over
+from pqk_fast.two_phase import TwoPhase, plain_copy, take_over, within_backward
 
 Layer = TypeVar("Layer", bound="PQKLayer")
+
+
+# The remedy that is always at hand.
+_ANEW = "leave weight_mask, weight_step and pqk_phase out to start anew from the weight"
 
 
 class PQKLayer(TwoPhase):
@@ -37,6 +42,7 @@ class PQKLayer(TwoPhase):
     """
 
     float_type: type[nn.Module]
+    added = ("weight_mask", "weight_step")
     weight: Tensor
     bias: Any
     weight_mask: Tensor
@@ -75,6 +81,73 @@ class PQKLayer(TwoPhase):
             self.weight_step.data = step.to(self.weight_step.device)
         return self
 
+    def _read_float(self, entries: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[str]:
+        """A float layer's weight: the mask keeps all of it and the step size is set from it, as ``prepare`` does."""
+        yield from self._refuse_dtype(entries, metadata)
+        if "weight" not in entries:
+            return
+        weight = entries["weight"].detach()
+        if any(hasattr(tensor, "full_tensor") for tensor in (weight, self.weight)):
+            yield "weight is sharded: a float state dict sets the step size anew, so load it before fully_shard"
+        elif weight.shape == self.weight.shape:
+            if not metadata.get("assign_to_params_buffers"):
+                weight = weight.to(self.weight.dtype)
+            if not weight.is_meta and not weight.isfinite().all():
+                yield "weight holds NaN or infinity, from which no step size can be set: load a good checkpoint"
+            mask = torch.ones_like(weight, dtype=torch.bool)
+            config = self.config
+            entries["weight_mask"] = mask
+            entries["weight_step"] = initial_step(weight, mask, config.bits, config.step_init, config.per_channel)
+        yield from super()._read_float(entries, metadata)
+
+    def _read_prepared(self, entries: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[str]:
+        yield from self._refuse_dtype(entries, metadata)
+        missing = [name for name in self.added if name not in entries]
+        if "weight" in entries and missing:
+            yield f"{missing[0]} is missing beside weight: give both, or {_ANEW}"
+        if "weight_mask" in entries:
+            yield from self._read_mask(entries)
+        if "weight_step" in entries:
+            yield from self._read_step(entries)
+        yield from super()._read_prepared(entries, metadata)
+
+    @staticmethod
+    def _refuse_dtype(entries: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[str]:
+        weight = entries.get("weight")
+        if weight is not None and metadata.get("assign_to_params_buffers") and weight.dtype not in ops.WEIGHT_DTYPES:
+            yield f"weight is {weight.dtype}, expected fp32, bf16 or fp16: cast it, or load without assign=True"
+
+    @staticmethod
+    def _read_mask(entries: dict[str, Tensor]) -> Iterator[str]:
+        """Any dtype that holds nothing but 0 and 1."""
+        mask = entries["weight_mask"]
+        if mask.dtype == torch.bool:
+            return
+        if not mask.is_meta and not ((mask == 0) | (mask == 1)).all():
+            yield f"weight_mask ({mask.dtype}) holds other values than 0 and 1: make it bool, True = kept, or {_ANEW}"
+        entries["weight_mask"] = mask.bool()
+
+    def _read_step(self, entries: dict[str, Tensor]) -> Iterator[str]:
+        """Positive and finite; in any layout of one number for the layer or one for each channel, as the layer has."""
+        step, own = entries["weight_step"].detach(), self.weight_step
+        if step.numel() != own.numel():
+            if 1 in (step.numel(), own.numel()):
+                has = "one step size" if step.numel() == 1 else f"{step.numel()} step sizes"
+                wants = f"prepare the model with PQKConfig(per_channel={step.numel() != 1})"
+                yield f"weight_step holds {has}, the model's {own.numel()}: {wants}, or {_ANEW}"
+            return  # else a size mismatch like any other
+        if step.shape != own.shape and step.squeeze().dim() <= 1:
+            step = step.reshape(own.shape)
+        if not step.is_meta:
+            values = sharding.local(step).float()
+            if not ((values > 0) & values.isfinite()).all():
+                yield (
+                    f"weight_step is {float(values.min()):g} to {float(values.max()):g}, expected positive numbers: "
+                    f"training had diverged; load an earlier checkpoint, or {_ANEW}"
+                )
+        if step.shape != entries["weight_step"].shape or step.dtype != torch.float32:
+            entries["weight_step"] = step.float()
+
     @classmethod
     def from_float(cls: type[Layer], module: nn.Module, config: PQKConfig) -> Layer:
         """The layer around ``module``'s own parameters (shared, not copied). Masks keep everything at first.
@@ -109,7 +182,9 @@ class PQKLayer(TwoPhase):
     def student_arguments(self) -> tuple[Tensor, Tensor, Tensor, int, str, bool]:
         """What :func:`pqk_fast.ops.fake_quant` takes for the student's weight: weight, mask, step, bits, ste, hard."""
         frozen = self.phase == 2
-        step = self.weight_step.detach() if frozen else self.weight_step
+        step: Tensor = self.weight_step
+        if frozen and step.requires_grad:
+            step = step.detach()
         return self.weight, self.weight_mask, step, self.bits, self.config.ste, frozen or self.config.mask_gradients
 
     def fed_from(self) -> tuple[Any, ...]:
@@ -130,25 +205,24 @@ class PQKLayer(TwoPhase):
         how = self.config.teacher_weights
         return ops.teacher_weight(self.weight, self.weight_mask, self.weight_step, self.bits, how)
 
-    def _begin_forward(self) -> None:
+    def _begin_forward(self) -> str:
+        """The branch to compute."""
         self.ran = True
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return
-        # Activation checkpointing runs the forward again within backward, after dual_forward has closed its branch.
-        if self.phase == 2 and not self.branch_held:
-            raise RuntimeError(
-                "a prepared layer was computed again during backward (activation checkpointing), when the branch that "
-                'it ran in is no longer set: run forward and backward inside `with branch(model, "stacked")` (or '
-                '"student") in phase 2'
+        if self.weight_step.dtype != torch.float32:  # kept fp32 always, so somebody casts parameters for the forward
+            raise TypeError(
+                f"the step size reaches the forward as {self.weight_step.dtype}, and so does the latent weight: both "
+                "must stay fp32; with fully_shard leave MixedPrecisionPolicy's param_dtype unset (reduce_dtype may be "
+                "set) and use torch.autocast"
             )
-        if self.fused and self.fed is None:
+        if self.fused and self.fed is None and within_backward():
             raise RuntimeError(
                 "a prepared layer was computed again during backward (activation checkpointing), when the weight that "
                 "fuse(model) made for it is gone: call unfuse(model)"
             )
+        return self.branch_now()
 
-    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        if self.branch == "student":
+    def _weight_and_bias(self, branch: str) -> tuple[Tensor, Tensor | None]:
+        if branch == "student":
             fed = self.fed
             return fed[0] if fed and fed[1] == self.fed_from() else self.student_weight(), self.bias
         # Biases follow the student's loss alone.
@@ -171,10 +245,10 @@ class PQKLinear(PQKLayer, nn.Linear):
     float_type = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        self._begin_forward()
-        if self.branch == "stacked":
+        branch = self._begin_forward()
+        if branch == "stacked":
             return ops.dual_linear(x, *self._dual_arguments(), **self._dual_options())
-        return F.linear(x, *self._weight_and_bias())
+        return F.linear(x, *self._weight_and_bias(branch))
 
 
 class PQKConv2d(PQKLayer, nn.Conv2d):
@@ -183,9 +257,9 @@ class PQKConv2d(PQKLayer, nn.Conv2d):
     float_type = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        self._begin_forward()
-        if self.branch != "stacked":
-            return self._conv_forward(x, *self._weight_and_bias())
+        branch = self._begin_forward()
+        if branch != "stacked":
+            return self._conv_forward(x, *self._weight_and_bias(branch))
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -200,9 +274,9 @@ class PQKConv1d(PQKLayer, nn.Conv1d):
     float_type = nn.Conv1d
 
     def forward(self, x: Tensor) -> Tensor:
-        self._begin_forward()
-        if self.branch != "stacked":
-            return self._conv_forward(x, *self._weight_and_bias())
+        branch = self._begin_forward()
+        if branch != "stacked":
+            return self._conv_forward(x, *self._weight_and_bias(branch))
         padding: Any = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)

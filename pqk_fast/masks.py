@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk_fast import gpu, ops
+from pqk_fast import gpu, ops, sharding
 from pqk_fast.branches import config_of, require_prepared
 from pqk_fast.config import ConfigError, PQKConfig, matches, pruned_of_group
 from pqk_fast.layers import PQKLayer
@@ -20,22 +20,34 @@ class _Pool:
     """Layers whose weights are ranked together, and their target sparsity."""
 
     def __init__(self, layers: dict[str, PQKLayer], target: float) -> None:
-        self.names = list(layers)
-        self.layers = list(layers.values())
+        self.layers = layers
         self.target = target
+        self.keep: Tensor | None = None  # how many weights, int64 []: on the device, where a captured graph reads it
 
-    def select(self, sparsity: float) -> None:
-        masks = [layer.weight_mask for layer in self.layers]
-        weights = [layer.weight.detach() for layer in self.layers]
+    def plan(self, sparsity: float) -> None:
+        """Say on the host what the next :meth:`select` is to do. Waits for no device."""
+        weights = [layer.weight for layer in self.layers.values()]
+        if self.keep is None or self.keep.device != weights[0].device:
+            self.keep = torch.empty((), dtype=torch.int64, device=weights[0].device)
+        self.keep.fill_(sum(w.numel() for w in weights) - ops.masked_count(weights, sparsity))
+
+    def select(self) -> None:
+        """Make the masks, on the device alone unless the weights are sharded."""
+        masks = [layer.weight_mask for layer in self.layers.values()]
+        weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
+        group = sharding.common_group(weights)
         try:
-            self._select(masks, weights, sparsity)
+            self._select(masks, list(weights.values()), group)
         except ops.NonFiniteWeightError as error:
-            index = error.index
-            raise ops.NonFiniteWeightError(index, weights[index], self.names[index]) from error
+            name = list(weights)[error.index]
+            raise ops.NonFiniteWeightError(error.index, weights[name], name) from error
 
-    def _select(self, masks: list[Tensor], weights: list[Tensor], sparsity: float) -> None:
-        keep = sum(w.numel() for w in weights) - ops.masked_count(weights, sparsity)
-        ops.topk_mask_(masks, weights, keep)
+    def _select(self, masks: list[Tensor], weights: list[Tensor], group: Any) -> None:
+        assert self.keep is not None
+        if group is None:
+            ops.topk_mask_(masks, [sharding.local(weight) for weight in weights], self.keep)
+        else:
+            sharding.topk_mask_(masks, weights, self.keep, group)
 
 
 class _Groups(_Pool):
@@ -44,18 +56,23 @@ class _Groups(_Pool):
     def __init__(self, name: str, layer: PQKLayer, target: float, size: int) -> None:
         super().__init__({name: layer}, target)
         self.size = size
+        self.pruned = 0
         if layer.weight.shape[1] % size:
             raise ConfigError(
                 f"layer {name!r} has a weight of shape {tuple(layer.weight.shape)}: its inputs (dimension 1) are not a "
                 f"multiple of the group size {size}; leave it out by PQKConfig.exclude, or choose another size"
             )
 
-    def _select(self, masks: list[Tensor], weights: list[Tensor], sparsity: float) -> None:
-        pruned = pruned_of_group(sparsity, self.size)
-        if pruned:
-            ops.group_mask_(masks[0], weights[0], self.size - pruned, self.size)
-        else:
+    def plan(self, sparsity: float) -> None:
+        self.pruned = pruned_of_group(sparsity, self.size)
+
+    def _select(self, masks: list[Tensor], weights: list[Tensor], group: Any) -> None:
+        if not self.pruned:
             masks[0].fill_(True)
+        elif group is None:
+            ops.group_mask_(masks[0], sharding.local(weights[0]), self.size - self.pruned, self.size)
+        else:
+            sharding.group_mask_(masks[0], weights[0], self.size - self.pruned, self.size, group)
 
 
 class Pruner:
@@ -65,6 +82,11 @@ class Pruner:
     of ``mask_interval``, makes the mask of the *next* one with that iteration's epoch in Eq. 1; the last such mask of
     the phase has the target sparsity exactly: ``int(p_t * N)`` weights masked. Pruned weights keep learning and may
     come back (unless ``mask_gradients``). Step sizes are kept at 1e-12 or above.
+
+    A step is :meth:`advance` (the host's part), :meth:`update` (the device's, for a CUDA graph) and, when masks were
+    made, :meth:`check` (the host looks at the result). On many ranks every rank makes its own Pruner of its own model:
+    replicas (DDP) choose the same masks from the same weights, and of weights in shards (``fully_shard``) the masks are
+    those of the whole weights.
 
     Args:
         model: a prepared model in phase 1.
@@ -98,7 +120,10 @@ class Pruner:
                 self._twins.append((layer, first))
         self._unique = dict(unique.values())
         self._pools = self._make_pools()
-        self._update_masks(0)
+        self._final_unseen = False
+        self._plan(0)
+        self._make_masks()
+        self.check()
 
     def _make_pools(self) -> list[_Pool]:
         pools: list[_Pool] = []
@@ -116,8 +141,8 @@ class Pruner:
                 shared[name] = layer
         return [_Pool(shared, self.config.sparsity), *pools] if shared else pools
 
-    @torch.no_grad()
-    def _update_masks(self, iteration: int) -> bool:
+    def _plan(self, iteration: int) -> bool:
+        """Tell every pool how many weights to keep, if a mask is due."""
         config = self.config
         for pool in self._pools:
             sparsity = sparsity_of_mask(
@@ -131,45 +156,92 @@ class Pruner:
             )
             if sparsity is None:
                 return False
-            pool.select(sparsity)
-        self._check_numbers()
+            pool.plan(sparsity)
+        return True
+
+    @torch.no_grad()
+    def _make_masks(self) -> None:
+        for pool in self._pools:
+            pool.select()
         for layer, first in self._twins:
             # .to(device) gives tied layers buffers of their own
             layer.weight_mask.copy_(first.weight_mask)
-        return True
 
-    def _check_numbers(self) -> None:
-        """Name the layer whose step size or weights no longer are numbers. A GPU, which cannot raise, set a flag."""
-        devices = {layer.weight.device for layer in self._unique.values()}
-        if any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing():
-            return
-        suspect = {device for device in devices if device.type != "cuda" or gpu.errors(device)}
-        for index, (name, layer) in enumerate(self._unique.items()):
-            if layer.weight.device not in suspect:
-                continue
-            step = layer.weight_step
-            if not bool(((step > 0) & step.isfinite()).all()):
+    def step(self) -> bool:
+        """Count one optimizer step; True if the masks moved."""
+        due = self.advance()
+        self.update(due)
+        if due:
+            self.check()
+        return due
+
+    def advance(self) -> bool:
+        """The host's part of a step: count it, and say whether a mask is due. Waits for no device."""
+        if self.iteration >= self.steps:
+            raise ValueError(f"the phase was announced with {self.steps} steps and is over; make a Pruner with more")
+        self.iteration += 1
+        if self.iteration == min(self.config.mask_interval, self.steps):
+            self._check_all_ran()
+        due = self.iteration < self.steps and self._plan(self.iteration)
+        self._final_unseen |= due and self.finished
+        return due
+
+    @torch.no_grad()
+    def update(self, due: bool) -> None:
+        """The device's part of a step: keep step sizes positive and, if ``due``, make the masks.
+
+        Can be captured in a CUDA graph, one for each value of ``due``, unless :meth:`why_not_capturable` says
+        otherwise. The numbers of weights to keep lie on the device, where :meth:`advance` writes them before a replay.
+        """
+        steps = [sharding.local(layer.weight_step) for layer in self._unique.values()]
+        torch._foreach_clamp_min_(steps, SMALLEST_STEP)
+        if due:
+            self._make_masks()
+
+    def why_not_capturable(self) -> str | None:
+        """None if :meth:`update` can be captured in a CUDA graph, otherwise what stands in the way."""
+        if any(isinstance(pool, _Groups) for pool in self._pools):
+            return 'scope="group" takes the number of weights kept as a constant, which a graph cannot change'
+        if any(sharding.is_sharded(layer.weight) for layer in self._unique.values()):
+            return "the weights are sharded (fully_shard): ranks agree on a mask by collectives that the host waits for"
+        return None
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Name the layer whose weights or step size no longer are numbers. Waits for the device.
+
+        A GPU, which cannot raise, sets a flag; it is read here. After the last mask, warns of layers left empty.
+        With sharded weights, call it on all ranks together; all raise.
+        """
+        layers = self._suspects()
+        group = sharding.common_group({name: layer.weight for name, layer in layers.items()})
+        steps = [sharding.local(layer.weight_step) for layer in layers.values()]
+        bad = sharding.any_rank([~((step > 0) & step.isfinite()).all() for step in steps], group)
+        for index, (name, layer) in enumerate(layers.items()):
+            if bad[index]:
+                step = sharding.whole(layer.weight_step)
                 raise ValueError(
                     f"the step size of layer {name!r} is no positive number any more ({step.min():g} to "
                     f"{step.max():g}): training has diverged, go back to the last good checkpoint and lower the rate "
                     "of the step sizes (step_lr in param_groups)"
                 )
-            if layer.weight.device.type == "cuda" and not bool(layer.weight.isfinite().all()):
-                raise ops.NonFiniteWeightError(index, layer.weight, name)
-
-    @torch.no_grad()
-    def step(self) -> bool:
-        """Count one optimizer step; True if the masks moved."""
-        if self.iteration >= self.steps:
-            raise ValueError(f"the phase was announced with {self.steps} steps and is over; make a Pruner with more")
-        self.iteration += 1
-        torch._foreach_clamp_min_([layer.weight_step for layer in self._unique.values()], SMALLEST_STEP)
-        if self.iteration == min(self.config.mask_interval, self.steps):
-            self._check_all_ran()
-        moved = self.iteration < self.steps and self._update_masks(self.iteration)
-        if moved and self.finished:
+            # all others raise when they make masks
+            if group is None and layer.weight.device.type == "cuda" and not bool(layer.weight.isfinite().all()):
+                raise ops.NonFiniteWeightError(list(self._unique).index(name), layer.weight, name)
+        if self._final_unseen:
+            self._final_unseen = False
             self._warn_of_empty_layers()
-        return moved
+
+    def _suspects(self) -> dict[str, PQKLayer]:
+        """The layers that :meth:`check` must look at: on a GPU, only if its flag is set."""
+        weights = [layer.weight for layer in self._unique.values()]
+        if any(sharding.is_sharded(weight) for weight in weights):
+            return self._unique  # flags differ from rank to rank
+        devices = {weight.device for weight in weights}
+        if any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing():
+            return {}
+        suspect = {device for device in devices if device.type != "cuda" or gpu.errors(device)}
+        return {name: layer for name, layer in self._unique.items() if layer.weight.device in suspect}
 
     def _warn_of_empty_layers(self) -> None:
         empty = [name for name, layer in self._unique.items() if layer.weight.numel() and not layer.weight_mask.any()]
@@ -177,7 +249,7 @@ class Pruner:
             warnings.warn(
                 f"the final mask prunes every weight of layer {', '.join(empty)}: nothing but its bias is left; give "
                 "it a sparsity of its own with PQKConfig.layer_sparsity, or prune less",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _check_all_ran(self) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pqk_fast import dispatch, reference
-from pqk_fast.autograd import FakeQuant, FakeQuantAll, PrunedOnly
+from pqk_fast.autograd import FakeQuant, FakeQuantAll, PrunedOnly, apply
 from pqk_fast.config import check_bits, check_choice
 from pqk_fast.dual_ops import DualConv2d, DualLinear
 from pqk_fast.packing import pack_bits, pack_int4, pack_ints, unpack_bits, unpack_int4, unpack_ints
@@ -112,7 +112,7 @@ def fake_quant(
     Raises ValueError or TypeError for bits outside 2..8, an unknown ``ste``, a mask or step of wrong shape or dtype.
     """
     _check_quantizer(weight, mask, step, bits, ste)
-    out: Tensor = FakeQuant.apply(weight, mask, step, bits, ste, mask_gradients, output_dtype(weight, dtype))
+    out: Tensor = apply(FakeQuant, weight, mask, step, bits, ste, mask_gradients, output_dtype(weight, dtype))
     return out
 
 
@@ -143,7 +143,7 @@ def fake_quant_all(
         layers = zip(weights, masks, steps, each, strict=True)
         return [fake_quant(w, m, s, k, ste, mask_gradients, dtype) for w, m, s, k in layers]
     common = (list(masks), each, ste, mask_gradients, output_dtype(weights[0], dtype))
-    return list(FakeQuantAll.apply(*common, *_distinct(weights), *_distinct(steps)))
+    return list(apply(FakeQuantAll, *common, *_distinct(weights), *_distinct(steps)))
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -164,7 +164,7 @@ def teacher_weight(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teache
     """
     _check_quantizer(weight, mask, step, bits)
     check_choice("teacher_weights", teacher_weights, reference.TEACHER_WEIGHTS)
-    full: Tensor = PrunedOnly.apply(weight, mask)
+    full: Tensor = apply(PrunedOnly, weight, mask)
     if teacher_weights == "latent":
         return full
     quantized = dispatch.fake_quant(weight.detach(), mask, step.detach(), bits, weight.dtype)
@@ -217,7 +217,7 @@ def dual_linear(
     ins = weight.shape[1]
     x = _dual_input(x, weight, f"[2B, ..., {ins}]", x.dim() >= 2 and x.shape[-1] == ins)
     constants = (mask, step.detach(), bits, ste, teacher_weights == "shared")
-    out: Tensor = DualLinear.apply(x.flatten(0, -2), weight, bias, *constants)
+    out: Tensor = apply(DualLinear, x.flatten(0, -2), weight, bias, *constants)
     return out.unflatten(0, x.shape[:-1])
 
 
@@ -253,7 +253,7 @@ def dual_conv2d(
     elif padding != "valid":
         around = _pair(padding)
     constants = (mask, step.detach(), bits, ste, teacher_weights == "shared")
-    out: Tensor = DualConv2d.apply(x, weight, bias, *constants, steps, around, spread, groups)
+    out: Tensor = apply(DualConv2d, x, weight, bias, *constants, steps, around, spread, groups)
     return out
 
 

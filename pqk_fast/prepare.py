@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pqk_fast import sharding
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
 from pqk_fast.config import ConfigError, PQKConfig, check_choice, matches, nearest
-from pqk_fast.dual_batch_norm import DualBatchNorm
+from pqk_fast.dual_batch_norm import BATCH_NORMS, DualBatchNorm, DualSyncBatchNorm
 from pqk_fast.fusion import unfuse
 from pqk_fast.layers import PQK_LAYERS, PQKLayer
 from pqk_fast.two_phase import TwoPhase
@@ -21,7 +22,6 @@ Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool]
 
 _LAYER_OF: dict[type, type[PQKLayer]] = {layer.float_type: layer for layer in PQK_LAYERS}
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
 
 
@@ -80,8 +80,8 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
         The model.
 
     Raises:
-        ValueError: nothing to prepare, prepared already, a pattern that matches nothing, SyncBatchNorm, a weight
-            shared with a module that is not prepared.
+        ValueError: nothing to prepare, prepared already, a pattern that matches nothing, a weight shared with a
+            module that is not prepared, a model in shards (``fully_shard``).
         TypeError: a weight computed from other parameters (weight_norm), or not fp32, bf16 or fp16.
     """
     config = PQKConfig() if config is None else config
@@ -89,6 +89,8 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
         raise TypeError(f"config must be a PQKConfig, got {type(config).__name__}; write PQKConfig(bits=4, ...)")
     if any(isinstance(module, PQKLayer) for module in model.modules()):
         raise ValueError("the model is prepared already; convert(model) gives a plain one")
+    if sharding.reshard(model):
+        raise ValueError("the model's parameters are in shards: call prepare first, fully_shard after it")
     named = dict(model.named_modules())
     # under every name that a shared module has
     candidates = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, tuple(_LAYER_OF))}
@@ -98,9 +100,7 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
     left_float: list[str] = []
     twins: dict[torch.Tensor, PQKLayer] = {}
     for name, module in named.items():
-        if isinstance(module, nn.SyncBatchNorm):
-            raise ValueError(f"{name} is a SyncBatchNorm, which cannot keep two branches apart; use BatchNorm")
-        if type(module) in _BATCH_NORMS:
+        if type(module) in BATCH_NORMS:
             swapped[module] = DualBatchNorm.from_float(module)
         elif isinstance(module, _NORMS_WITH_STATISTICS) and module.track_running_stats:
             left_float.append(f"{name} ({type(module).__name__}: both branches will share its statistics)")
@@ -155,7 +155,8 @@ def start_phase2(model: Model) -> Model:
 
     Make a new optimizer afterwards (``param_groups``): the full net's BatchNorm parameters learn from now on, the step
     sizes no longer. Phase, masks and steps are in the state dict: to resume, ``prepare`` and load it, nothing more.
-    Raises ValueError for an unprepared model, one already in phase 2, or masks that prune nothing.
+    With ``fully_shard`` the model stays as it is wrapped; DistributedDataParallel must be made anew. Raises ValueError
+    for an unprepared model, one already in phase 2, or masks that prune nothing.
     """
     layers = require_prepared(model)
     if any(layer.phase == 2 for layer in layers.values()):
@@ -165,10 +166,15 @@ def start_phase2(model: Model) -> Model:
             "no weight is pruned, so the full net has nothing of its own to learn: "
             "run phase 1 with a Pruner first, or load its checkpoint"
         )
-    how = config_of(model).teacher_bn
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
-            raise ValueError("the model has a SyncBatchNorm, which cannot keep two branches apart; use BatchNorm")
+            raise ValueError(
+                f"{name} is a SyncBatchNorm, which cannot keep two branches apart: call "
+                "nn.SyncBatchNorm.convert_sync_batchnorm(model) before prepare, not after it"
+            )
+    how = config_of(model).teacher_bn
+    sharding.reshard(model)
+    for module in model.modules():
         if isinstance(module, DualBatchNorm):
             module.start_teacher(how)
         if isinstance(module, TwoPhase):
@@ -181,14 +187,22 @@ def start_phase2(model: Model) -> Model:
 def convert(model: Model, branch: str = "student") -> Model:
     """A plain copy of one branch: float layers with that branch's weights, its BatchNorm. ``model`` is untouched.
 
-    ``branch`` is "student" (masked, quantized weights) or "teacher" (the full net).
+    ``branch`` is "student" (masked, quantized weights) or "teacher" (the full net). Raises ValueError for an unprepared
+    model, the teacher in phase 1, or a model in shards (``fully_shard``).
     """
     check_choice("branch", branch, ("student", "teacher"))
     if branch == "teacher":
         require_phase2(model)
     else:
         require_prepared(model)
-    plain = unfuse(copy.deepcopy(model))
+    if sharding.reshard(model):
+        raise ValueError(
+            "the model's parameters are in shards: gather them with torch.distributed.checkpoint.state_dict's "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load that into a prepared "
+            "model that is not sharded, and convert it"
+        )
+    groups = [module.process_group for module in model.modules() if isinstance(module, DualSyncBatchNorm)]
+    plain = unfuse(copy.deepcopy(model, {id(group): group for group in groups}))  # they cannot be copied
     plain.__dict__.pop("stacked_is_right", None)
     swapped: dict[nn.Module, nn.Module] = {}
     floats: dict[torch.Tensor, nn.Parameter] = {}

@@ -4,6 +4,7 @@ A record is a dictionary:
 
 ```
 {"format": "pqk_fast record", "version": 1, "created": ISO time, "recipe": {...},
+ "options": {"precision", "compile", "capture", "sync_batch_norm", "world"},
  "versions": {...}, "hardware": {...}, "device": "cpu", "seed": int,
  "data": {"name": str, "train": n, "validation": n, "testing": n},
  "curves": {STAGE: [{"epoch", "step", "loss", "lr", "sparsity", "validation", "validation_f", "seconds",
@@ -50,7 +51,13 @@ REQUIRED: dict[str, Any] = {
     "curves": dict,
     "results": dict,
 }
-OPTIONAL: dict[str, Any] = {"created": str, "layers": list, "seconds": dict, "kept_fraction": (int, float)}
+OPTIONAL: dict[str, Any] = {
+    "created": str,
+    "options": dict,
+    "layers": list,
+    "seconds": dict,
+    "kept_fraction": (int, float),
+}
 
 
 def environment() -> dict[str, Any]:

@@ -9,13 +9,15 @@ import ctypes
 import importlib.util
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from cases import required
+from cases import package, required
 from hypothesis import settings
 
 # Where there is no GPU, Triton kernels run interpreted. Triton reads this when a kernel is defined.
@@ -84,3 +86,12 @@ def shared_data() -> Path:
     if required("DATA"):
         pytest.fail("PQK_FAST_REQUIRE_DATA=1, but PQK_FAST_DATA does not say where the data sets are")
     pytest.skip("set PQK_FAST_DATA to the folder that holds the data sets")
+
+
+@pytest.fixture(scope="session")
+def real_speech(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of Speech Commands in Google's folder layout: real recordings."""
+    package("soundfile")  # the archives hold FLAC
+    target = tmp_path_factory.mktemp("data") / "speech"
+    subprocess.run([sys.executable, str(shared_data / "unpack.py"), "speech", str(target)], check=True)
+    return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -17,6 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+
+import pqk_fast as pqk
+from pqk_fast.branches import pqk_layers
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
@@ -203,6 +207,41 @@ def test_floors_of_a_dual_layer(bench: Callable) -> None:
     both = module.replace(case, backward=True)
     assert both.flop == 3 * case.flop
     assert both.moved == 2 * case.moved + 4 * sizes["w"] + 2 * sizes["x"]
+
+
+def test_what_is_written_by_hand_computes_the_same(bench: Callable) -> None:
+    """Both phases' losses and gradients, from the same weights, masks and step sizes."""
+    naive = bench("naive")
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten(), torch.nn.LazyLinear(5)
+    )
+    x, y = torch.randn(6, 3, 7, 7), torch.arange(6) % 5
+    plain(x)
+    by_hand = copy.deepcopy(plain)
+    layers = naive.compress(by_hand)
+    naive.make_masks(layers)
+    ours = pqk.prepare(plain, pqk.PQKConfig(ste="clipped", mask_gradients=True, mask_interval=1))
+    pqk.Pruner(ours, 1, 1)
+    for layer, written in zip(pqk_layers(ours).values(), layers, strict=True):
+        assert torch.equal(layer.weight_mask, written.mask.bool())
+        written.step.data.copy_(layer.weight_step.squeeze())
+
+    def compare(loss: torch.Tensor, written_loss: torch.Tensor) -> None:
+        torch.testing.assert_close(loss, written_loss)
+        for each in (loss, written_loss):
+            each.backward()
+        for layer, written in zip(pqk_layers(ours).values(), layers, strict=True):
+            for name in ("weight", "bias"):
+                torch.testing.assert_close(getattr(layer, name).grad, getattr(written, name).grad)
+
+    cross_entropy = torch.nn.functional.cross_entropy
+    compare(cross_entropy(ours(x), y), cross_entropy(by_hand(x), y))
+    pqk.start_phase2(ours).zero_grad()
+    naive.start_phase2(by_hand, layers)
+    by_hand.zero_grad()
+    mutual = naive.MutualDistillation(by_hand)
+    compare(pqk.MutualDistillationLoss()(*pqk.dual_forward(ours, x, "two_pass"), y), mutual(x, y))
 
 
 def test_a_benchmark_runs(tmp_path: Path) -> None:

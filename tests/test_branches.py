@@ -7,10 +7,9 @@ import pytest
 import torch
 from cases import package
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pqk_fast import ConfigError, MutualDistillationLoss, PQKConfig, Pruner, branch, dual_forward, prepare, start_phase2
-from pqk_fast.branches import pqk_layers, why_not_stacked
+from pqk_fast.branches import choose_mode, pqk_layers, why_not_stacked
 from pqk_fast.models import create_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:left in floating point")
@@ -180,6 +179,45 @@ def test_low_precision_does_not_blind_the_comparison(how):
     assert "samples of a batch meet" in reason
 
 
+@pytest.mark.parametrize("name", ["conv", "rnn"])
+def test_precisions_of_cudnn_that_differ_stay_as_they_are(name):
+    """torch's allow_tf32, which stands for both, cannot be read then."""
+    settings = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    before = [setting.fp32_precision for setting in settings]
+    changed = getattr(torch.backends.cudnn, name)
+    changed.fp32_precision = "ieee" if changed.fp32_precision == "tf32" else "tf32"
+    mixed = [setting.fp32_precision for setting in settings]
+    seen = []
+
+    class Looks(CentredOverBatch):
+        def forward(self, x):
+            seen.append([setting.fp32_precision for setting in settings])
+            return self.linear(x)
+
+    try:
+        assert len(set(mixed)) == 2
+        assert why_not_stacked(in_phase2(Looks()), torch.randn(4, 6)) is None
+        assert set(map(tuple, seen)) == {("ieee", "ieee")}
+        assert [setting.fp32_precision for setting in settings] == mixed
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+def test_the_mode_is_chosen_before_the_first_forward():
+    model = in_phase2(conv1d_net())
+    x = torch.randn(4, 3, 20)
+    assert [choose_mode(model, x, mode) for mode in ("two_pass", "stacked")] == ["two_pass", "stacked"]
+    assert model.stacked_is_right is None  # not asked for
+    assert choose_mode(model, x) == "two_pass"  # on a CPU
+    assert model.stacked_is_right is True
+    model.stacked_is_right = None
+    with pytest.raises(ConfigError, match="mode must be one of"):
+        choose_mode(model, x, "both")
+    with pytest.raises(ValueError, match="phase 1"):
+        choose_mode(prepare(conv1d_net(), PQKConfig()), x, "two_pass")
+
+
 def test_the_decision_is_made_anew_in_phase2():
     model = in_phase2(conv1d_net())
     assert model.stacked_is_right is None
@@ -248,33 +286,6 @@ def test_misuse_is_refused():
         branch(model, "full")
     with pytest.raises(ValueError, match="no PQK layers"):
         branch(conv1d_net(), "teacher")
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant):
-        super().__init__()
-        self.first, self.second, self.reentrant = nn.Linear(6, 6), nn.Linear(6, 3), reentrant
-
-    def forward(self, x):
-        return self.second(checkpoint(self.first, x, use_reentrant=self.reentrant))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_works_inside_the_branch_and_is_refused_outside(reentrant):
-    torch.manual_seed(0)
-    model = in_phase2(Checkpointed(reentrant))
-    x, y = torch.randn(8, 6, requires_grad=True), torch.randint(3, (8,))
-    loss = MutualDistillationLoss()
-    expected = copy.deepcopy(model)
-    expected.forward = lambda x: expected.second(expected.first(x))
-    loss(*dual_forward(expected, x, "two_pass"), y).backward()
-    with branch(model, "stacked") as both:
-        loss(*both(torch.cat([x, x])).chunk(2), y).backward()
-    for ours, other in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, other.grad)
-    total = loss(*dual_forward(model, x, "two_pass"), y)
-    with pytest.raises(RuntimeError, match="activation checkpointing"):
-        total.backward()
 
 
 @pytest.mark.parametrize("mode", ["two_pass", "stacked"])

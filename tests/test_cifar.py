@@ -1,4 +1,4 @@
-"""CIFAR-100: both layouts on disk, the validation split, and batches that can be resumed exactly."""
+"""CIFAR-100: both layouts on disk and the validation split."""
 
 import hashlib
 import pickle
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import package
-from torch import Tensor
 
-from pqk_fast.data.cifar import MEAN, STD, Cifar, CifarBatches, CifarSplit, crop_and_mirror, load_cifar100
+from pqk_fast.data.cifar import Cifar, CifarSplit, load_cifar100
+from pqk_fast.data.cifar_batches import CifarBatches
 
 
 def random_split(count: int, num_classes: int = 5, seed: int = 0) -> CifarSplit:
@@ -36,9 +36,6 @@ def folders(tmp_path: Path) -> Path:
     write_folders(tmp_path, random_split(50), "train")
     write_folders(tmp_path, random_split(15, seed=1), "test")
     return tmp_path
-
-
-# --- reading
 
 
 def test_reads_class_folders(folders: Path) -> None:
@@ -168,148 +165,11 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_cifar100(tmp_path)
 
 
-# --- batches
-
-
-def normalise(images: Tensor) -> Tensor:
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
-
-
-def test_evaluation_batches_are_in_order_and_complete() -> None:
-    split = random_split(10)
-    batches = CifarBatches(split, batch_size=4, train=False)
-    assert len(batches) == 3
-    for _ in range(2):
-        got = list(batches)
-        assert [len(labels) for _, labels in got] == [4, 4, 2]
-        torch.testing.assert_close(torch.cat([images for images, _ in got]), normalise(split.images))
-        assert torch.equal(torch.cat([labels for _, labels in got]), split.labels)
-        assert got[0][0].dtype == torch.float32
-
-
-def test_crop_and_mirror_against_one_image_at_a_time() -> None:
-    images = random_split(81 * 2).images
-    top, left = (torch.arange(9).repeat_interleave(9).repeat(2), torch.arange(9).repeat(18))
-    mirror = torch.arange(81 * 2) >= 81
-    got = crop_and_mirror(images, top, left, mirror)
-    for i, image in enumerate(images):
-        padded = torch.zeros(3, 40, 40, dtype=torch.uint8)
-        padded[:, 4:36, 4:36] = image
-        expected = padded[:, top[i] : top[i] + 32, left[i] : left[i] + 32]
-        assert torch.equal(got[i], expected.flip(-1) if mirror[i] else expected)
-    middle = torch.full((4,), 4)
-    assert torch.equal(crop_and_mirror(images[:4], middle, middle, torch.zeros(4, dtype=torch.bool)), images[:4])
-
-
-def test_training_passes_shuffle_and_drop_the_rest() -> None:
-    count = 43
-    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
-    batches = CifarBatches(CifarSplit(images, torch.arange(count)), batch_size=8, train=True)
-    assert len(batches) == 5
-    orders = []
-    for _ in range(2):
-        got = list(batches)
-        order = torch.cat([labels for _, labels in got])
-        assert len(order) == len(order.unique()) == 40
-        # the middle of a constant image survives any crop: images and labels stay together
-        torch.testing.assert_close(torch.cat([x for x, _ in got])[:, :, 16, 16], normalise(images[order])[:, :, 0, 0])
-        orders.append(order.tolist())
-    assert orders[0] != orders[1] != list(range(40))
-
-
-def test_every_crop_and_both_sides_occur_evenly() -> None:
-    pixels = torch.arange(32 * 32).remainder(251).view(32, 32).to(torch.uint8)
-    split = CifarSplit(pixels.expand(2000, 3, -1, -1).contiguous(), torch.zeros(2000, dtype=torch.int64))
-    batches = CifarBatches(split, batch_size=2000, train=True)
-    _, top, left, mirror = batches._draw()
-    for edge in (top, left):
-        assert edge.bincount(minlength=9).min() > 150
-        assert edge.bincount().shape == (9,)
-    assert 900 < mirror.sum() < 1100
-    assert torch.corrcoef(torch.stack([top, left, mirror]).double()).triu(1).abs().max() < 0.1
-
-
-def test_only_the_seed_decides() -> None:
-    split = random_split(32)
-
-    def first(seed: int) -> Tensor:
-        torch.rand(seed + 5)  # other random numbers do not matter
-        return next(iter(CifarBatches(split, batch_size=8, train=True, seed=seed)))[0]
-
-    assert torch.equal(first(0), first(0))
-    assert not torch.equal(first(0), first(1))
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("stop", [0, 1, 3, 4])
-def test_resume_is_exact(train: bool, stop: int, tmp_path: Path) -> None:
-    def make(seed: int = 7) -> CifarBatches:
-        return CifarBatches(random_split(32), batch_size=8, train=train, seed=seed)
-
-    reference = make()
-    expected = [batch for _ in range(3) for batch in reference]
-    before, got = make(), []
-    got += list(before)
-    iterator = iter(before)
-    got += [next(iterator) for _ in range(stop)]
-    torch.save(before.state_dict(), tmp_path / "state.pt")
-
-    after = make(seed=99)
-    after.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert after.state_dict()["position"] == stop
-    rest = list(after)
-    assert len(rest) == 4 - stop
-    got += rest + list(after)
-    assert len(got) == len(expected)
-    for (x, y), (x_expected, y_expected) in zip(got, expected, strict=True):
-        assert torch.equal(x, x_expected)
-        assert torch.equal(y, y_expected)
-
-
-def test_a_pass_that_was_broken_off_is_not_continued() -> None:
-    batches = CifarBatches(random_split(32), batch_size=8, train=True)
-    next(iter(batches))
-    assert batches.state_dict()["position"] == 1
-    assert len(list(batches)) == 4
-    assert batches.state_dict()["position"] == 0
-
-
-def test_refuses_foreign_states() -> None:
-    batches = CifarBatches(random_split(32), batch_size=8, train=True)
-    good = batches.state_dict()
-    for change, message in (
-        ({"batch_size": 4}, "saved state has batch_size 4, this iteration 8"),
-        ({"examples": 31}, "saved state has examples 31"),
-        ({"position": 5}, r"position must be a whole number in 0..4, got 5"),
-        ({"position": -1}, "position must be"),
-        ({"generator": torch.zeros(3, dtype=torch.uint8)}, "generator must be the state of a torch.Generator"),
-        ({"generator": b"bytes"}, "generator must be"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            batches.load_state_dict({**good, **change})
-    with pytest.raises(ValueError, match="generator, position missing"):
-        batches.load_state_dict({"examples": 32, "batch_size": 8})
-
-
-def test_refuses_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
-        CifarBatches(random_split(8), batch_size=0, train=True)
-    with pytest.raises(ValueError, match="8 images make no batch of 9"):
-        CifarBatches(random_split(8), batch_size=9, train=True)
+def test_refuses_other_tensors() -> None:
     with pytest.raises(ValueError, match=r"images must be uint8 \[N, 3, 32, 32\], got torch.float32 \[2, 3, 32, 32\]"):
         CifarSplit(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels must be int64 \[2\].*got torch.int64 \[3\]"):
         CifarSplit(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
-
-
-@pytest.mark.gpu
-def test_the_same_batches_on_the_gpu() -> None:
-    split = random_split(32)
-    cpu, gpu = (CifarBatches(split, batch_size=8, train=True, device=device) for device in ("cpu", "cuda"))
-    for (x, y), (x_gpu, y_gpu) in zip(cpu, gpu, strict=True):
-        torch.testing.assert_close(x_gpu.cpu(), x)
-        assert torch.equal(y_gpu.cpu(), y)
 
 
 @pytest.mark.slow

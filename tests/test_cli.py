@@ -1,7 +1,9 @@
 """The command line on a tiny data set: train, eval, recipes, doctor, and every way to get it wrong."""
 
 import json
+import os
 import shutil
+import signal
 import wave
 from itertools import chain
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from pqk_fast import cli
+from pqk_fast.callbacks import ProgressDisplay
 from pqk_fast.data.speech_commands import KEYWORDS
 
 TINY = [
@@ -103,6 +106,52 @@ def test_a_finished_run_is_never_overwritten(run, speech, capsys):
     assert (run / "record.json").read_bytes() == before
 
 
+def test_an_unfinished_run_goes_on_with_resume_and_is_not_started_over(speech, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(speech), "--out", str(out), *SETTINGS]
+    command += ["--device", "cpu", "--set", "stages=['phase1', 'phase2']"]
+
+    class Stop(ProgressDisplay):
+        def on_step(self, stage, step):
+            if stage == "phase2":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "ProgressDisplay", Stop)
+        assert cli.main(command) == 128 + signal.SIGTERM
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "SIGTERM: phase2 stopped after step 1 of 4" in printed
+    assert "--resume" in printed
+    assert not (out / "record.json").exists()
+    assert cli.main(command) == 1
+    assert "holds a run that was begun before: go on with --resume" in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*command, "--resume", "--set", "phase2.steps=5"]) == 1
+    assert "recipe.phase2.steps was 4, now it is 5" in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*command, "--resume", "--precision", "bf16"]) == 1
+    assert "options.precision was 'fp32', now it is 'bf16'" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["eval", str(out), "--data", str(speech), "--device", "cpu"]) == 0
+    assert "phase2_p" in capsys.readouterr().out
+    resume = ["train", "--resume", "--out", str(out), "--data", str(speech), "--device", "cpu"]
+    assert cli.main([*resume, "--set", "seed=1"]) == 1
+    assert cli.main(resume) == 0, "the recipe is in the checkpoint"
+    record = json.loads((out / "record.json").read_text())
+    assert [row["step"] for row in record["curves"]["phase2"]] == [2, 4]
+    capsys.readouterr()
+    assert cli.main(resume) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so(speech, tmp_path, capsys):
+    command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(speech), "--out", str(tmp_path / "run")]
+    command += [*SETTINGS, "--device", "cpu", "--resume", "--set", "stages=['vanilla']", "--no-recycle"]
+    assert cli.main([*command, "--tensorboard", "--keep-checkpoints", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "starting from the beginning" in printed
+    assert "malloc" not in printed
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
 def test_only_some_stages(speech, tmp_path):
     command = ["train", "--recipe", "kws-res8-narrow-w8-p90", "--data", str(speech), "--out", str(tmp_path), *SETTINGS]
     assert cli.main([*command, "--set", "stages=['vanilla']", "--device", "cpu"]) == 0
@@ -137,6 +186,8 @@ def test_recipes_and_doctor(capsys):
         (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "phase1.steps=20"], "leaves no time to prune"),
         (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "pqk.layer_sparsity={1: .5}"], "got 1"),
         (["train", "--recipe", "kws-res8-narrow-w4-p90", "--set", "model=res9"], "did you mean res8"),
+        (["train", "--data", "x"], "say what to train with --recipe NAME"),
+        (["train", "--resume", "--out", "/does/not/exist", "--data", "x"], "no checkpoint in /does/not/exist"),
         (["eval", "/does/not/exist", "--data", "x"], "no checkpoint at"),
         (["eval", __file__, "--data", "x"], "torn or not a checkpoint"),
     ],

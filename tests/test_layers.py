@@ -147,7 +147,7 @@ def test_layers_can_be_built_like_their_float_forms():
 def test_from_float_refuses_other_modules_and_computed_weights():
     with pytest.raises(TypeError, match=r"takes a Linear, got Conv2d"):
         PQKLinear.from_float(nn.Conv2d(1, 1, 1), CONFIG)
-    with pytest.raises(TypeError, match="takes BatchNorm1d, 2d or 3d, got LayerNorm"):
+    with pytest.raises(TypeError, match="takes BatchNorm1d, 2d, 3d or SyncBatchNorm, got LayerNorm"):
         DualBatchNorm.from_float(nn.LayerNorm(3))
     with pytest.raises(TypeError, match=r"must be fp32, bf16 or fp16, got torch.float64; use model.float"):
         PQKLinear.from_float(nn.Linear(3, 3).double(), CONFIG)

@@ -110,8 +110,10 @@ def test_errors_say_what_to_do():
         prepare(net(), PQKConfig(layer_sparsity={"1": 0.5}))
     with pytest.raises(TypeError, match=r"config must be a PQKConfig, got dict"):
         prepare(net(), {"bits": 4})
-    with pytest.raises(ValueError, match=r"1 is a SyncBatchNorm.*use BatchNorm"):
-        prepare(nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)))
+    late = nn.SyncBatchNorm.convert_sync_batchnorm(prepare(net(), PQKConfig(sparsity=0.5, initial_sparsity=0.5)))
+    Pruner(late, 1, 1)
+    with pytest.raises(ValueError, match=r"is a SyncBatchNorm.*convert_sync_batchnorm\(model\) before prepare"):
+        start_phase2(late)
     with pytest.raises(ValueError, match="no PQK layers: call"):
         start_phase2(net())
     with pytest.raises(ValueError, match="no weight is pruned"):

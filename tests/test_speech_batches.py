@@ -1,13 +1,13 @@
-"""Shift, noise, order and exact resume of the batches made from speech clips."""
-
-from pathlib import Path
+"""Shift, noise and features of the batches made from speech clips."""
 
 import numpy as np
 import pytest
 import torch
 
+from pqk_fast.data.batches import pass_generator
 from pqk_fast.data.features import MFCC
-from pqk_fast.data.speech_commands import CLIP_SAMPLES, Noise, SpeechBatches, SpeechSet
+from pqk_fast.data.speech_batches import SpeechBatches
+from pqk_fast.data.speech_commands import CLIP_SAMPLES, Noise, SpeechSet
 
 
 def tone(seed: int) -> torch.Tensor:
@@ -45,25 +45,14 @@ def test_a_small_split_is_one_batch():
     assert len(batches) == 1
 
 
-def test_the_seed_decides_everything():
-    def run(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        torch.rand(seed + 1)  # the global generator has no say
-        return list(SpeechBatches(some_set([*range(12)]), two_noises(), batch_size=4, train=True, seed=seed))
-
-    for (x, y), (x2, y2) in zip(run(3), run(3), strict=True):
-        assert torch.equal(x, x2)
-        assert torch.equal(y, y2)
-    assert not torch.equal(run(3)[0][0], run(4)[0][0])
-
-
 def test_batches_are_the_features_of_the_waveforms():
     batches = SpeechBatches(some_set([*range(12)] * 2), two_noises(), batch_size=20, train=True, seed=5)
-    generator = torch.Generator().manual_seed(5)
-    order = torch.randperm(24, generator=generator)[:20]
-    expected = MFCC()(batches.waveforms(order, generator))
+    generator = pass_generator(5, 0)
+    order = torch.randperm(24, generator=generator)
+    expected = MFCC()(batches.waveforms(order, generator)[:20])
     features, labels = next(iter(batches))
     torch.testing.assert_close(features, expected, atol=1e-3, rtol=0)
-    assert torch.equal(labels, order % 12)
+    assert torch.equal(labels, order[:20] % 12)
 
 
 def test_shift_moves_zeros_in():
@@ -122,51 +111,14 @@ def test_evaluation_batches():
     torch.testing.assert_close(features[words], MFCC()(data.clips[words].float() / 32768), atol=1e-4, rtol=0)
     assert features[~words].ne(0).any(dim=(1, 2)).all()
     again = torch.cat([x for x, _ in SpeechBatches(data, noise, batch_size=5, train=False)])
-    assert torch.equal(again[words], features[words])
+    torch.testing.assert_close(again, features, atol=1e-4, rtol=0)
     other = torch.cat([x for x, _ in SpeechBatches(data, noise, batch_size=2, train=False, seed=1)])
     assert not torch.equal(other[~words], features[~words])
 
 
-@pytest.mark.parametrize("taken", [0, 1, 2, 4, 5, 7])
-def test_exact_resume(taken: int, tmp_path: Path):
-    def make() -> SpeechBatches:
-        return SpeechBatches(some_set([*range(12)] * 2), two_noises(), batch_size=5, train=True)
-
-    def endless(batches: SpeechBatches):
-        while True:
-            yield from batches
-
-    batches = make()
-    stream = endless(batches)
-    for _ in range(taken):
-        next(stream)
-    torch.save(batches.state_dict(), tmp_path / "state.pt")
-    expected = [next(stream) for _ in range(9)]
-    resumed = make()
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for (x, y), (x2, y2) in zip(expected, endless(resumed), strict=False):
-        assert torch.equal(x, x2)
-        assert torch.equal(y, y2)
-
-
-def test_a_new_iteration_is_a_new_pass():
-    batches = SpeechBatches(some_set([*range(12)]), two_noises(), batch_size=4, train=True)
-    next(iter(batches))
-    assert len(list(batches)) == 3
-
-
-def test_wrong_state():
-    batches = SpeechBatches(some_set([*range(12)]), two_noises(), batch_size=4, train=True)
-    state = batches.state_dict()
-    with pytest.raises(ValueError, match="batch 4, a pass here has 3"):
-        batches.load_state_dict(state | {"position": 4})
-    with pytest.raises(ValueError, match=r"lacks \['generator'\]"):
-        batches.load_state_dict({k: v for k, v in state.items() if k != "generator"})
-
-
 @pytest.mark.parametrize(
     "settings",
-    [{"batch_size": 0}, {"noise_probability": 1.5}, {"noise_amplitude": -0.1}, {"shift_ms": -1}, {"shift_ms": 1001}],
+    [{"noise_probability": 1.5}, {"noise_amplitude": -0.1}, {"shift_ms": -1}, {"shift_ms": 1001}],
 )
 def test_settings_out_of_range(settings: dict):
     with pytest.raises(ValueError, match="SpeechBatches needs"):

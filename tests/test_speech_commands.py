@@ -1,8 +1,6 @@
 """Reading, splitting and downloading, on tiny data sets made here and, where given, on real clips."""
 
 import hashlib
-import subprocess
-import sys
 import tarfile
 import wave
 from pathlib import Path
@@ -10,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import package
 
 from pqk_fast.data import speech_commands
+from pqk_fast.data.speech_batches import SpeechBatches
 from pqk_fast.data.speech_commands import (
     CLIP_SAMPLES,
     KEYWORDS,
     LABELS,
     Noise,
-    SpeechBatches,
     SpeechSet,
     download_speech_commands,
     load_speech_commands,
@@ -292,14 +289,6 @@ def test_a_broken_download_leaves_nothing(tmp_path: Path):
 
 
 # ---- real clips
-
-
-@pytest.fixture(scope="session")
-def real_speech(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    package("soundfile")  # the archives hold FLAC
-    target = tmp_path_factory.mktemp("speech")
-    subprocess.run([sys.executable, str(shared_data / "unpack.py"), "speech", str(target)], check=True)
-    return target
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import torch
 from cases import package
 
 from pqk_fast.data import spoken_words
+from pqk_fast.data.speech_batches import SpeechBatches
 from pqk_fast.data.speech_commands import (
     KEYWORDS,
     LABELS,
-    SpeechBatches,
     SpeechCommands,
     load_speech_commands,
     load_word_folders,

@@ -5,40 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_run import batches, net, recipe
 from torch import nn
 
 from pqk_fast import PQKConfig, branch, convert, prepare, start_phase2
 from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import load_checkpoint
-from pqk_fast.config import DataConfig, FinetuneConfig, Phase2Config, PhaseConfig, Recipe
-from pqk_fast.trainer import Trainer, TrainingDivergedError, accuracy, layer_statistics
-
-
-def recipe(**changes):
-    options = {
-        "name": "small",
-        "model": "none",
-        "data": DataConfig(classes=3, batch_size=32),
-        "pqk": PQKConfig(bits=4, sparsity=0.7, mask_interval=8, scope="layer"),
-        "phase1": PhaseConfig(steps=120, epoch_steps=20, lr_drops=(90,), weight_decay=1e-4),
-        "phase2": Phase2Config(steps=60, epoch_steps=20, lr_drops=(40,), distill_start=20),
-        "finetune": FinetuneConfig(lr=0.1),
-    }
-    return Recipe(**(options | changes))
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
-
-
-def batches(seed=0, count=6, size=32):
-    """Three Gaussian blobs."""
-    centres = 1.5 * torch.randn(3, 8, generator=torch.Generator().manual_seed(7))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (count, size), generator=generator)
-    return [(centres[y] + torch.randn(size, 8, generator=generator), y) for y in labels]
+from pqk_fast.config import Phase2Config, PhaseConfig
+from pqk_fast.loop import TrainingDivergedError
+from pqk_fast.metrics import accuracy, layer_statistics
+from pqk_fast.trainer import Trainer
 
 
 class Log(Callback):
@@ -79,7 +56,7 @@ def test_fit_runs_both_phases_and_ends_with_a_sparse_low_bit_student_and_its_tea
     student = convert(trainer.model)
     for layer in (student[0], student[3]):
         assert layer.weight.unique().numel() <= 15
-    saved = load_checkpoint(tmp_path / "checkpoint.pt")
+    saved = load_checkpoint(tmp_path)
     assert saved["stages"]["phase1"]["prepared"]
     assert set(saved["stages"]["phase2"]["best"]) == {"validation", "validation_f"}
     assert saved["stages"]["phase2"]["step"] == 60
@@ -192,8 +169,8 @@ def test_nan_input_stops_with_step_and_cause_and_keeps_the_last_good_checkpoint(
         TrainingDivergedError, match=r"phase1 stopped at step 25: the loss is nan; the input batch is not"
     ) as e:
         trainer.phase1(good, batches(1))
-    assert str(tmp_path / "checkpoint.pt") in str(e.value)
-    saved = load_checkpoint(tmp_path / "checkpoint.pt")["stages"]["phase1"]
+    assert str(tmp_path / "checkpoints") in str(e.value)
+    saved = load_checkpoint(tmp_path)["stages"]["phase1"]
     assert saved["step"] == 20
     assert all(torch.isfinite(tensor).all() for tensor in saved["state"].values())
 

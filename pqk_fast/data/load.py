@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pqk_fast.config import ConfigError, DataConfig, Recipe
-from pqk_fast.data.cifar import CifarBatches, load_cifar100
-from pqk_fast.data.speech_commands import LABELS, SpeechBatches, SpeechCommands, load_speech_commands, load_word_folders
+from pqk_fast.data.cifar import load_cifar100
+from pqk_fast.data.cifar_batches import CifarBatches
+from pqk_fast.data.speech_batches import SpeechBatches
+from pqk_fast.data.speech_commands import LABELS, SPLITS, SpeechCommands, load_speech_commands, load_word_folders
 from pqk_fast.data.spoken_words import make_spoken_words
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -19,7 +22,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass
 class Splits:
-    """Batches of the three splits. ``train(seed)`` starts a stream of its own; ``validation`` may be None."""
+    """Batches of the three splits, of one rank; ``sizes`` are those of all ranks together.
+
+    ``train(seed)`` starts a stream of its own, and raises ValueError for a batch size that the ranks cannot share
+    evenly or that is larger than the split. ``validation`` may be None.
+    """
 
     train: Callable[[int], Batches]
     validation: Batches | None
@@ -28,17 +35,21 @@ class Splits:
     classes: int
 
 
-def speech_splits(data: SpeechCommands, batch_size: int, device: str | torch.device = "cpu") -> Splits:
-    """Splits of a speech data set that is in memory already."""
+def speech_splits(
+    data: SpeechCommands, batch_size: int, device: str | torch.device = "cpu", *, rank: int = 0, world: int = 1
+) -> Splits:
+    """Splits of a speech data set that is in memory already: the part of rank ``rank`` of ``world``.
 
-    def batches(split: str, train: bool, seed: int) -> SpeechBatches:
-        return SpeechBatches(
-            getattr(data, split), data.noise, batch_size=batch_size, train=train, seed=seed, device=device
-        )
-
-    sizes = {split: len(getattr(data, split).labels) for split in ("train", "validation", "testing")}
-    validation, testing = (batches(split, False, 0) for split in ("validation", "testing"))
-    return Splits(lambda seed: batches("train", True, seed), validation, testing, sizes, len(LABELS))
+    ``batch_size`` is that of all ranks together. Raises ValueError for an empty split.
+    """
+    make = partial(SpeechBatches, noise=data.noise, batch_size=batch_size, device=device, rank=rank, world=world)
+    return Splits(
+        train=lambda seed: make(data.train, train=True, seed=seed),
+        validation=make(data.validation, train=False),
+        testing=make(data.testing, train=False),
+        sizes={split: len(getattr(data, split)) for split in SPLITS},
+        classes=len(LABELS),
+    )
 
 
 def make_words(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> SpeechCommands:
@@ -50,33 +61,40 @@ def make_words(recipe: Recipe, progress: Callable[[int, int], None] | None = Non
 
 
 def load_splits(
-    recipe: Recipe, root: str | Path | None, device: str | torch.device = "cpu", download: bool = False
+    recipe: Recipe,
+    root: str | Path | None,
+    device: str | torch.device = "cpu",
+    download: bool = False,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> Splits:
     """The data set that a recipe names, from the folder ``root`` (spoken words are made on the spot if it is None).
+
+    Every rank of ``world`` reads the whole set and makes its own part of the batches (see
+    :class:`~pqk_fast.data.batches.DeviceBatches`). With ``download``, let one rank be through before the others start.
 
     Raises ConfigError without a folder, FileNotFoundError or ValueError for one that does not hold the data set.
     """
     config = recipe.data
     if config.name == "spoken_words" and root is None:
-        return speech_splits(make_words(recipe), config.batch_size, device)
+        return speech_splits(make_words(recipe), config.batch_size, device, rank=rank, world=world)
     if root is None:
         raise ConfigError(f"the recipe trains on {config.name}: say where it is with --data DIR")
     if config.name == "cifar100":
         images = load_cifar100(root, validation_fraction=config.validation, download=download)
-        sizes = {split: len(getattr(images, split).labels) for split in ("train", "validation", "testing")}
-
-        def batches(split: str, train: bool, seed: int) -> CifarBatches:
-            return CifarBatches(
-                getattr(images, split), batch_size=config.batch_size, train=train, seed=seed, device=device
-            )
-
-        validation = batches("validation", False, 0) if sizes["validation"] else None
-        testing = batches("testing", False, 0)
-        return Splits(lambda seed: batches("train", True, seed), validation, testing, sizes, len(images.classes))
+        make = partial(CifarBatches, batch_size=config.batch_size, device=device, rank=rank, world=world)
+        return Splits(
+            train=lambda seed: make(images.train, train=True, seed=seed),
+            validation=make(images.validation, train=False) if len(images.validation) else None,
+            testing=make(images.testing, train=False),
+            sizes={split: len(getattr(images, split)) for split in SPLITS},
+            classes=len(images.classes),
+        )
     speech = load_speech_commands(
         root, unknown_fraction=config.unknown, silence_fraction=config.silence, download=download
     )
-    return speech_splits(speech, config.batch_size, device)
+    return speech_splits(speech, config.batch_size, device, rank=rank, world=world)
 
 
 def word_folder_batches(config: DataConfig, root: str | Path | None, device: str | torch.device = "cpu") -> Batches:

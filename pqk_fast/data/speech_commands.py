@@ -1,8 +1,7 @@
-"""Speech Commands in Google's folder layout: keywords, unknown words and silence, as batches of features.
+"""Speech Commands in Google's folder layout: keywords, unknown words and silence, read into memory as int16.
 
-The data set and its split rule: Warden, "Speech Commands" (2018). The 12 classes, their proportions and the
-augmentation: honk (github.com/castorini/honk). Clips stay in memory as int16; everything done to a batch is a
-tensor operation on the device that holds them.
+The data set and its split rule: Warden, "Speech Commands" (2018). The 12 classes and their proportions: honk
+(github.com/castorini/honk).
 """
 
 import hashlib
@@ -12,17 +11,14 @@ import tempfile
 import urllib.error
 import urllib.request
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from pqk_fast.data.features import CPU_CHUNK, MFCC
 
 SAMPLE_RATE = 16_000
 CLIP_SAMPLES = 16_000
@@ -247,153 +243,3 @@ def download_speech_commands(root: str | Path, url: str = ARCHIVE_URL, sha256: s
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")
         unpacked.replace(root)
-
-
-class SpeechBatches:
-    """Batches `(features [B, 101, 40] float32, labels [B] int64)` on `device`; one pass over the split an iteration.
-
-    Training: a new order every pass, clips shifted by up to `shift_ms` either way (zeros move in), background noise
-    with probability `noise_probability` at an amplitude uniform in [0, `noise_amplitude`], the sum clamped to
-    [-1, 1]; a last partial batch is dropped unless it is the only one. All draws come from one CPU generator, so
-    they depend on `seed` alone, not on the device. `state_dict` allows resuming between any two batches.
-
-    Evaluation: fixed order, every clip, words as they are, silence as noise drawn once from `seed`. The features are
-    computed at the first pass and kept (16 kB a clip); do not change them in place.
-
-    Raises ValueError for an empty split, settings out of range, or missing noise where it is needed; `noise` may be
-    None for evaluation without silence and for training with `noise_probability=0` and without silence.
-    """
-
-    def __init__(
-        self,
-        split: SpeechSet,
-        noise: Noise | None,
-        *,
-        batch_size: int = 64,
-        train: bool,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        noise_probability: float = 0.8,
-        noise_amplitude: float = 0.1,
-        shift_ms: float = 100,
-    ) -> None:
-        if len(split) == 0:
-            raise ValueError("SpeechBatches needs at least one clip, got an empty split")
-        if batch_size < 1 or not 0 <= noise_probability <= 1 or noise_amplitude < 0 or not 0 <= shift_ms <= 1000:
-            raise ValueError(
-                "SpeechBatches needs batch_size >= 1, noise_probability in [0, 1], noise_amplitude >= 0, shift_ms in "
-                f"[0, 1000], got {batch_size}, {noise_probability}, {noise_amplitude}, {shift_ms}"
-            )
-        self._silence = split.labels.cpu() == SILENCE
-        if noise is None and (bool(self._silence.any()) or (train and noise_probability > 0)):
-            raise ValueError("silence and training with noise_probability > 0 need background noise, got noise=None")
-        self.batch_size = min(batch_size, len(split)) if train else batch_size
-        self.train, self.seed, self.device = train, seed, torch.device(device)
-        self.noise_probability, self.noise_amplitude = noise_probability if train else 0.0, noise_amplitude
-        self.mfcc = MFCC().to(self.device)
-        self.labels = split.labels.to(self.device)
-        # One line of samples, `margin` zeros before, between and after the clips: a window that starts up to `margin`
-        # early or late meets only zeros besides its own clip.
-        self._margin = round(shift_ms * SAMPLE_RATE / 1000) if train else 0
-        self._stride = CLIP_SAMPLES + self._margin
-        line = split.clips.to(self.device).flatten()  # a view where nothing has to move
-        if self._margin:
-            line = line.new_zeros(len(split) * self._stride + self._margin)
-            line[self._margin :].view(-1, self._stride)[:, :CLIP_SAMPLES] = split.clips
-        self._windows = line.unfold(0, CLIP_SAMPLES, 1)
-        noise = noise or Noise(torch.zeros(CLIP_SAMPLES, dtype=torch.int16), [0, CLIP_SAMPLES])
-        self._noise_windows = noise.samples.to(self.device).unfold(0, CLIP_SAMPLES, 1)
-        bounds = torch.tensor(noise.bounds)
-        self._noise_first, self._noise_starts = bounds[:-1], bounds.diff() - CLIP_SAMPLES + 1
-
-        self._generator = torch.Generator().manual_seed(seed)
-        self._pass_state = self._generator.get_state()  # as it was before the order of the pass was drawn
-        self._position = 0  # batches of this pass handed out
-        self._resuming = False
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def __len__(self) -> int:
-        """Batches a pass."""
-        return len(self.labels) // self.batch_size if self.train else -(-len(self.labels) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Starts a new pass, or goes on with the interrupted one if `load_state_dict` was called just before."""
-        if self.train:
-            yield from self._training_pass()
-        else:
-            if not self._kept:
-                generator = torch.Generator().manual_seed(self.seed)
-                order = torch.arange(len(self.labels)).split(self.batch_size)
-                self._kept = [self._batch(index, generator) for index in order]
-            yield from self._kept
-
-    def _training_pass(self) -> Iterator[tuple[Tensor, Tensor]]:
-        current = self._generator.get_state()
-        if self._resuming:  # draw the order again from where its pass began, then take up the generator where it was
-            self._generator.set_state(self._pass_state)
-        else:
-            self._pass_state, self._position = current, 0
-        order = torch.randperm(len(self.labels), generator=self._generator)
-        if self._resuming:
-            self._generator.set_state(current)
-            self._resuming = False
-        for index in order.split(self.batch_size)[self._position : len(self)]:
-            batch = self._batch(index, self._generator)
-            self._position += 1
-            yield batch
-
-    def _batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        draws = self._draw(index, generator)
-        # On the CPU a few clips at a time: a batch of waveforms costs more in page faults than in arithmetic.
-        clips = CPU_CHUNK if self.device.type == "cpu" else len(index)
-        with torch.no_grad():
-            parts = zip(*(draw.split(clips) for draw in draws), strict=True)
-            features = torch.cat([self.mfcc(self._mix(*part)) for part in parts])
-        return features, self.labels[index.to(self.device)]
-
-    def waveforms(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """The clips `index` [B] (int64, CPU) as they enter the features: `[B, 16000]` float32, shifted and noisy."""
-        return self._mix(*self._draw(index, generator))
-
-    def _draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """For each clip: where its window starts, where its noise starts, the amplitude of the noise."""
-        starts = index * self._stride + self._margin
-        if self._margin:
-            starts += torch.randint(-self._margin, self._margin + 1, index.shape, generator=generator)
-        recording = torch.randint(len(self._noise_first), index.shape, generator=generator)
-        place = torch.rand(index.shape, generator=generator, dtype=torch.float64) * self._noise_starts[recording]
-        noisy = (torch.rand(index.shape, generator=generator) < self.noise_probability) | self._silence[index]
-        amplitude = torch.rand(index.shape, generator=generator) * self.noise_amplitude * noisy
-        noise_starts = self._noise_first[recording] + place.long()
-        return starts.to(self.device), noise_starts.to(self.device), amplitude[:, None].to(self.device)
-
-    def _mix(self, starts: Tensor, noise_starts: Tensor, amplitude: Tensor) -> Tensor:
-        mixed = self._windows[starts].float()
-        mixed.addcmul_(self._noise_windows[noise_starts].float(), amplitude)
-        return mixed.mul_(1 / 32768).clamp_(-1, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where training stands: two generator states (uint8, 5 kB each) and the batches handed out in this pass."""
-        return {
-            "generator": self._generator.get_state(),
-            "pass_generator": self._pass_state,
-            "position": self._position,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the state of a `SpeechBatches` with the same split and settings; the next iteration goes on there.
-
-        Raises ValueError if the state lacks an entry or its position lies outside a pass.
-        """
-        missing = {"generator", "pass_generator", "position"} - state.keys()
-        if missing:
-            raise ValueError(f"the state of SpeechBatches lacks {sorted(missing)}; save it with state_dict()")
-        if not 0 <= state["position"] <= len(self):
-            raise ValueError(
-                f"the state stands at batch {state['position']}, a pass here has {len(self)}: "
-                "resume with the data set and batch_size it was saved with"
-            )
-        self._generator.set_state(state["generator"].cpu())
-        self._pass_state = state["pass_generator"].cpu()
-        self._position = state["position"]
-        self._resuming = 0 < self._position < len(self)

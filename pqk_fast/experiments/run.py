@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import torch
 
 from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
+from pqk_fast.checkpoint import Checkpoints
 from pqk_fast.config import ConfigError, Recipe, to_dict
 from pqk_fast.data.load import Splits
+from pqk_fast.loop import StageResult
+from pqk_fast.metrics import accuracy, layer_statistics
 from pqk_fast.models import create_model
+from pqk_fast.ranks import Ranks
 from pqk_fast.record import environment, write_record
-from pqk_fast.trainer import StageResult, Trainer, accuracy, layer_statistics
+from pqk_fast.trainer import Trainer
 
 # In this order: phase 2 and finetune start from copies of phase 1's network. The pairs see the same batches.
 STAGE_SEEDS = {"vanilla": 0, "phase1": 0, "finetune": 1, "phase2": 1}
@@ -28,24 +33,29 @@ RESULT_NAMES = {
 }
 
 
-def _measure(result: StageResult, view: str, splits: Splits) -> dict[str, Any]:
+def _measure(result: StageResult, view: str, splits: Splits, ranks: Ranks) -> dict[str, Any]:
     """Accuracy of the last epoch and of the best one by validation; the test split is looked at here only."""
     model, forward = result.model, result.views[view]
-    last = {"validation": result.rows[-1][view], "testing": accuracy(model, splits.testing, forward)}
+    last = {"validation": result.rows[-1][view], "testing": accuracy(model, splits.testing, forward, ranks)}
     if view not in result.best:
         return {"last": last, "best_dev": {"validation": None, "testing": None, "epoch": None}}
     row, state = result.best[view]
     final = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
-    best = {"validation": row[view], "testing": accuracy(model, splits.testing, forward), "epoch": row["epoch"]}
+    testing = accuracy(model, splits.testing, forward, ranks)
+    best = {"validation": row[view], "testing": testing, "epoch": row["epoch"]}
     model.load_state_dict(final)
     return {"last": last, "best_dev": best}
 
 
-def check_run(recipe: Recipe, out: str | Path) -> None:
-    """What can be wrong before data is read: FileExistsError for a finished run, ValueError for the model's name."""
+def check_run(recipe: Recipe, out: str | Path, resume: bool = False) -> None:
+    """What can be wrong before data is read: FileExistsError for another run, ValueError for the model's name."""
     if (Path(out) / "record.json").exists():
         raise FileExistsError(f"{out} holds a finished run (record.json): choose another folder or remove it first")
+    if not resume and Checkpoints(out).paths():
+        raise FileExistsError(
+            f"{out} holds a run that was begun before: go on with --resume, choose another folder or remove it first"
+        )
     create_model(recipe.model, recipe.data.classes)
 
 
@@ -55,39 +65,46 @@ def run_recipe(
     out: str | Path,
     device: str | torch.device = "cpu",
     callbacks: Sequence[Callback] = (),
+    *,
+    resume: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train every stage of the recipe; write ``record.json`` and ``checkpoint.pt`` into the folder ``out``.
+    """Train every stage of the recipe; write ``record.json`` and ``checkpoints`` into the folder ``out``.
 
-    Vanilla and phase 1 start from the same weights and see the same batches; so do phase 2 and finetune.
+    Vanilla and phase 1 start from the same weights and see the same batches; so do phase 2 and finetune. With
+    ``resume`` a run that was interrupted goes on. ``options`` are those of :class:`Trainer`. Where torch.distributed is
+    initialized all ranks call this, with their own parts of the splits, and rank 0 writes.
 
     Raises:
-        FileExistsError: ``out`` holds a finished run already.
+        FileExistsError: ``out`` holds a finished run already, or one that was begun, without ``resume``.
         TrainingDivergedError: NaN or infinity.
+        Interrupted: SIGINT or SIGTERM; the checkpoint is written.
     """
-    check_run(recipe, out)
+    check_run(recipe, out, resume)
     if splits.classes != recipe.data.classes:
         raise ConfigError(f"data.classes is {recipe.data.classes}, but {recipe.data.name} has {splits.classes} classes")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    first = Trainer(
-        create_model(recipe.model, recipe.data.classes), recipe, device=device, out=out, callbacks=callbacks
-    )
-    last = first
+    model = create_model(recipe.model, recipe.data.classes)
+    first = Trainer(model, recipe, device=device, out=out, callbacks=callbacks, resume=resume, **options)
+    ranks, last = first.ranks, first
     for stage, offset in STAGE_SEEDS.items():
         if stage in recipe.stages:
-            # each stage's draws, dropout too, depend on the seed alone and not on which stages ran before
+            # Each stage's draws, dropout too, depend on the seed alone and not on which stages ran before. Ranks see
+            # different samples, and drop different units.
             seed = 2 * recipe.seed + offset
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + 1_000_003 * ranks.rank)
             last = first if stage == "phase1" else first.copy()
             getattr(last, stage)(splits.train(seed), splits.validation)
     results = {
-        name: _measure(first.results[stage], view, splits)
+        name: _measure(first.results[stage], view, splits, ranks)
         for (stage, view), name in RESULT_NAMES.items()
         if stage in first.results
     }
     record: dict[str, Any] = {
         "recipe": to_dict(recipe),
+        "options": asdict(first.options),
         **environment(),
         "device": str(device),
         "seed": recipe.seed,
@@ -100,5 +117,6 @@ def run_recipe(
         layers = layer_statistics(last.model)
         record["kept_fraction"] = sum(x["kept"] for x in layers) / sum(x["weights"] for x in layers)
         record["layers"] = layers
-    write_record(out / "record.json", record)
+    if ranks.main:
+        write_record(out / "record.json", record)
     return record

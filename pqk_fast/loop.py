@@ -1,0 +1,275 @@
+"""One stage of training, step by step: batches, curves, checkpoints, interrupts, and what goes wrong."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqk_fast.branches import pqk_layers
+from pqk_fast.callbacks import Callback, Row
+from pqk_fast.config import PhaseConfig
+from pqk_fast.guards import check_masks, find_problems
+from pqk_fast.interrupts import Interrupted, Interrupts
+from pqk_fast.masks import Pruner
+from pqk_fast.metrics import Forward, accuracy, first_nonfinite, layer_statistics
+from pqk_fast.objectives import MutualDistillation
+from pqk_fast.ops import NonFiniteWeightError
+from pqk_fast.random_state import random_state, set_random_state
+from pqk_fast.ranks import Ranks
+from pqk_fast.run_state import RunState
+from pqk_fast.schedule import learning_rate
+from pqk_fast.steps import Step
+from pqk_fast.stream import Batches, Stream
+
+# Reading the loss makes the host wait for a GPU, so there it is looked at only every so often.
+GPU_CHECK_STEPS = 32
+# Many ranks agree on stopping and saving only every so often.
+AGREE_STEPS = 8
+
+
+class TrainingDivergedError(RuntimeError):
+    """NaN or infinity in the loss or the weights: the message names step and layer. Nothing bad was saved."""
+
+
+@dataclass
+class Stage:
+    """What one run of the loop trains. ``views`` maps a curve's name to the forward that it measures."""
+
+    name: str
+    phase: PhaseConfig
+    model: nn.Module
+    objective: nn.Module
+    views: dict[str, Forward]
+    pruner: Pruner | None = None
+
+
+@dataclass
+class StageResult:
+    """What a stage leaves: the model and its views, the curve, and for each view the best epoch's row and state."""
+
+    model: nn.Module
+    views: dict[str, Forward]
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    best: dict[str, tuple[Row, dict[str, Tensor]]] = field(default_factory=dict)
+
+
+class Loop:
+    """Runs a stage once, from its beginning or from where ``state`` says that it stands."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        stream: Stream,
+        val: Batches | None,
+        state: RunState,
+        ranks: Ranks,
+        device: torch.device,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.stage, self.stream, self.val = stage, stream, val
+        self.state, self.ranks, self.device, self.callbacks = state, ranks, device, callbacks
+        self.result = StageResult(stage.model, stage.views)
+        self.losses = torch.zeros((), device=device)  # summed since the last epoch's end, this rank's
+        self.epoch_start = 0
+        self._check_every = 1 if device.type == "cpu" else GPU_CHECK_STEPS
+        self._warned: set[tuple[str, str]] = set()
+
+    def run(self, make_step: Callable[[], Step], checkpoint_seconds: float) -> StageResult:
+        """Train to the stage's end. Raises TrainingDivergedError, or Interrupted after a signal, the state saved."""
+        saved = self.state.stages.get(self.stage.name)
+        position = self.state.position_in(self.stage.name)
+        if saved is not None:
+            self._take_up(saved)
+        if saved is not None and saved["finished"]:
+            if position is not None:
+                self._go_to(position["ranks"][self.ranks.rank])
+            return self.result
+        self.step = make_step()
+        first = 0 if position is None else self._resume(position)
+        with Interrupts(enabled=self.state.files is not None) as interrupts:
+            self._run(first, interrupts, checkpoint_seconds)
+        return self.result
+
+    def _run(self, first: int, interrupts: Interrupts, checkpoint_seconds: float) -> None:
+        stage, phase = self.stage, self.stage.phase
+        self._began = time.perf_counter() - self.result.seconds
+        saved_at = time.perf_counter()
+        for callback in self.callbacks:
+            callback.on_stage_start(stage.name, phase.steps)
+            if first:
+                callback.on_resume(stage.name, first)
+        stage.model.train()
+        try:
+            for step in range(first, phase.steps):
+                x, y = (t.to(self.device, non_blocking=True) for t in next(self.stream))
+                if step == first and isinstance(stage.objective, MutualDistillation):
+                    stage.objective.choose_mode(x)
+                    if self.ranks.any(stage.objective.mode == "two_pass")[0]:
+                        stage.objective.mode = "two_pass"  # each rank chose by a batch of its own
+                self._train_on(step, x, y)
+                done = step + 1
+                for callback in self.callbacks:
+                    callback.on_step(stage.name, step)
+                ended = done % phase.epoch_steps == 0 or done == phase.steps
+                if ended:
+                    self._end_epoch(step, x)
+                if ended or done % AGREE_STEPS == 0 or self.ranks.world == 1:
+                    late = time.perf_counter() - saved_at > checkpoint_seconds
+                    stop, save = self.ranks.any(interrupts.requested is not None, late)
+                    if ended or stop or (save and self.state.files is not None):
+                        self._save(step, x)
+                        saved_at = time.perf_counter()
+                    if stop:
+                        self._stop(interrupts, done)
+        finally:
+            self.result.seconds = time.perf_counter() - self._began
+            for callback in self.callbacks:
+                callback.on_stage_end(stage.name, self.result.seconds)
+
+    def _train_on(self, step: int, x: Tensor, y: Tensor) -> None:
+        stage = self.stage
+        self.step.set_lr(learning_rate(step, stage.phase))
+        if isinstance(stage.objective, MutualDistillation):
+            stage.objective.set_step(step)
+        check = partial(self._check_loss, step, x) if step % self._check_every == 0 else None
+        try:
+            due = stage.pruner is not None and stage.pruner.advance()
+            self.losses += self.step(x, y, due, check)
+            if due and stage.pruner is not None and self.device.type == "cpu":
+                stage.pruner.check()
+        except NonFiniteWeightError as error:
+            self._diverged(step, str(error), x)
+
+    def _end_epoch(self, step: int, x: Tensor) -> None:
+        """Evaluate, keep the best, tell the callbacks."""
+        stage, model, result = self.stage, self.stage.model, self.result
+        self._check_weights(step, x)
+        self.ranks.check_same(model)
+        self.ranks.same_buffers(model)
+        done = step + 1
+        losses = self.ranks.sum(self.losses) / self.ranks.world
+        row: Row = {
+            "epoch": len(result.rows) + 1,
+            "step": done,
+            "loss": float(losses) / (done - self.epoch_start),
+            "lr": learning_rate(step, stage.phase),
+            "seconds": time.perf_counter() - self._began,
+        }
+        self.losses.zero_()
+        self.epoch_start = done
+        layers = layer_statistics(model)
+        if layers:
+            row["sparsity"] = 1 - sum(layer["kept"] for layer in layers) / sum(layer["weights"] for layer in layers)
+            for column in ("kept", "step_size", "clipped_fraction"):
+                row[column] = [layer[column] for layer in layers]
+        # Before the last mask the network is denser than asked for: such an epoch cannot be the best.
+        eligible = stage.pruner is None or stage.pruner.finished
+        state: dict[str, Tensor] | None = None
+        for view, forward in stage.views.items():
+            row[view] = None if self.val is None else accuracy(model, self.val, forward, self.ranks)
+            if self.val is None:
+                continue
+            if eligible and (view not in result.best or row[view] > result.best[view][0][view]):
+                state = state or _copy_of_state(model)
+                result.best[view] = (row, state)
+        result.rows.append(row)
+        for callback in self.callbacks:
+            callback.on_epoch(stage.name, row)
+
+    # -- saving and resuming
+
+    def _save(self, step: int, x: Tensor) -> None:
+        """A checkpoint of what is finite: a bad network is never saved."""
+        stage, result = self.stage, self.result
+        if self.state.files is not None:
+            self._check_weights(step, x)
+        entry = {
+            "prepared": bool(pqk_layers(stage.model)),
+            "step": step + 1,
+            "finished": step + 1 == stage.phase.steps,
+            "rows": list(result.rows),
+            "seconds": time.perf_counter() - self._began,
+            "state": _copy_of_state(stage.model),
+            "best": {view: {"epoch": row["epoch"], "state": state} for view, (row, state) in result.best.items()},
+        }
+        position = {
+            "step": step + 1,
+            "epoch_start": self.epoch_start,
+            "training": self.step.state_dict(),
+            "pruner": None if stage.pruner is None else stage.pruner.state_dict(),
+            "mode": getattr(stage.objective, "mode", None),
+        }
+        of_rank = {"losses": self.losses.cpu(), "stream": self.stream.state_dict(), "random": random_state()}
+        self.state.save(stage.name, entry, position, of_rank)
+
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        """The stage's model, curve and best networks as they were saved."""
+        self.stage.model.load_state_dict(saved["state"])
+        self.result.rows, self.result.seconds = list(saved["rows"]), saved["seconds"]
+        for view, best in saved["best"].items():
+            self.result.best[view] = (self.result.rows[best["epoch"] - 1], best["state"])
+
+    def _resume(self, position: dict[str, Any]) -> int:
+        """Everything else as it was saved; the step to go on with."""
+        self.step.load_state_dict(position["training"])
+        if self.stage.pruner is not None:
+            self.stage.pruner.load_state_dict(position["pruner"])
+            check_masks(self.stage.model, fresh=not self.stage.pruner.finished or None)
+        if isinstance(self.stage.objective, MutualDistillation):
+            self.stage.objective.mode = position["mode"]
+        self.epoch_start = position["epoch_start"]
+        own = position["ranks"][self.ranks.rank]
+        self.losses.copy_(own["losses"])
+        self._go_to(own)
+        step: int = position["step"]
+        return step
+
+    def _go_to(self, of_rank: dict[str, Any]) -> None:
+        self.stream.load_state_dict(of_rank["stream"])
+        set_random_state(of_rank["random"])
+
+    def _stop(self, interrupts: Interrupts, done: int) -> None:
+        where = f"{self.stage.name} stopped after step {done} of {self.stage.phase.steps}"
+        raise Interrupted(interrupts.requested, f"{where}; its checkpoint is {self.state.newest}")
+
+    # -- what goes wrong
+
+    def _check_loss(self, step: int, x: Tensor, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            self._diverged(step, f"the loss is {loss.item()}", x)
+
+    def _check_weights(self, step: int, x: Tensor) -> None:
+        model = self.stage.model
+        finite = torch.stack([torch.isfinite(parameter).all() for parameter in model.parameters()])
+        if not bool(finite.all()):
+            self._diverged(step, "a weight is NaN or infinite", x)
+        if not pqk_layers(model):
+            return
+        for problem in find_problems(model):
+            if problem.fatal:
+                self._diverged(step, problem.message, x)
+            elif (problem.layer, problem.kind) not in self._warned:
+                self._warned.add((problem.layer, problem.kind))
+                warnings.warn(f"{self.stage.name}, step {step + 1}: {problem.message}", stacklevel=6)
+
+    def _diverged(self, step: int, what: str, x: Tensor) -> None:
+        stage = self.stage
+        where = first_nonfinite(stage.model, x, stage.views.values())
+        newest = self.state.newest
+        kept = "" if newest is None else f" The last good checkpoint is {newest}."
+        raise TrainingDivergedError(
+            f"{stage.name} stopped at step {step}: {what}; {where}. Expected finite values: lower the learning rate "
+            f"(now {learning_rate(step, stage.phase):g}) or look at the data.{kept}"
+        )
+
+
+def _copy_of_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,402 @@
+"""A run that was stopped, wherever and however, ends as if it had not been."""
+
+import os
+import random
+import signal
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from small_run import batches, recipe
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from pqk_fast import PQKConfig
+from pqk_fast.callbacks import Callback
+from pqk_fast.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
+from pqk_fast.config import ConfigError, Phase2Config, PhaseConfig
+from pqk_fast.data.cifar import CifarSplit
+from pqk_fast.data.cifar_batches import CifarBatches
+from pqk_fast.interrupts import Interrupted
+from pqk_fast.loop import TrainingDivergedError
+from pqk_fast.random_state import random_state, set_random_state
+from pqk_fast.stream import Stream
+from pqk_fast.trainer import Trainer
+
+SHORT = {
+    "phase1": PhaseConfig(steps=25, epoch_steps=9, lr_drops=(15,)),
+    "phase2": Phase2Config(steps=20, epoch_steps=8, lr_drops=(12,), distill_start=6, forward="two_pass"),
+    "pqk": PQKConfig(bits=4, sparsity=0.7, mask_interval=4, scope="layer"),
+}
+
+
+class Noisy(nn.Module):
+    """Adds noise of all three global generators."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x + 0.01 * (torch.randn_like(x) + float(np.random.standard_normal()) + random.gauss(0, 1))  # noqa: NPY002
+
+
+def noisy_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), Noisy(), nn.Linear(32, 3))
+
+
+def data_of(kind):
+    """Training data whose order a resumed run must find again; made anew as by another process."""
+    x, y = (torch.cat(part) for part in zip(*batches(0), strict=True))
+    if kind == "list":
+        return batches(0)
+    if kind == "loader":
+        return DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True, drop_last=True)
+    if kind == "own generator":
+        generator = torch.Generator().manual_seed(3)
+        return DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True, generator=generator)
+    if kind == "workers":
+        return DataLoader(TensorDataset(x, y), batch_size=32, sampler=RandomSampler(range(len(y))), num_workers=1)
+    raise ValueError(kind)
+
+
+def seed_all(seed=0):
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+
+
+def trainer(out, *, resume=False, seed=0, callbacks=(), model=noisy_net, **changes):
+    made = Trainer(model(), recipe(**(SHORT | changes)), out=out, resume=resume, callbacks=callbacks)
+    seed_all(seed)
+    return made
+
+
+class StopAt(Callback):
+    """Stops the run after the n-th step of both phases together: by an error, or by a signal to the process."""
+
+    def __init__(self, steps, number=None):
+        self.left, self.number = steps, number
+
+    def on_step(self, stage, step):
+        self.left -= 1
+        if self.left == 0:
+            if self.number is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), self.number)
+
+
+def outcome(finished):
+    rows = {
+        name: [{key: value for key, value in row.items() if key != "seconds"} for row in result.rows]
+        for name, result in finished.results.items()
+    }
+    best = {
+        (name, view): (row["epoch"], state)
+        for name, result in finished.results.items()
+        for view, (row, state) in result.best.items()
+    }
+    return dict(finished.model.state_dict()), rows, best, random_state()
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=0)
+    assert a[1] == b[1]
+    assert a[2].keys() == b[2].keys()
+    for key in a[2]:
+        assert a[2][key][0] == b[2][key][0]
+        torch.testing.assert_close(a[2][key][1], b[2][key][1], rtol=0, atol=0)
+    assert_same_tree(a[3], b[3])
+
+
+def assert_same_tree(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tree(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def whole(tmp_path, kind):
+    run = trainer(tmp_path / "whole")
+    run.fit(data_of(kind), batches(1))
+    return outcome(run)
+
+
+@pytest.mark.parametrize("kind", ["list", "loader", "own generator"])
+def test_a_run_killed_after_any_step_ends_in_the_same_bits(tmp_path, kind):
+    """An error leaves what a SIGKILL would: the checkpoint of the last epoch."""
+    expected = whole(tmp_path, kind)
+    for stop in range(1, 46, 3):
+        out = tmp_path / f"stopped-{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            trainer(out, callbacks=[StopAt(stop)]).fit(data_of(kind), batches(1))
+        again = trainer(out, resume=True, seed=stop)
+        again.fit(data_of(kind), batches(1))
+        if stop < 9:  # before the first checkpoint: another seed makes it another run
+            assert not torch.equal(again.model[0].weight, expected[0]["0.weight"])
+        else:
+            assert_same(outcome(again), expected)
+
+
+def test_worker_processes_do_not_change_that(tmp_path):
+    expected = whole(tmp_path, "workers")
+    out = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        trainer(out, callbacks=[StopAt(14, signal.SIGTERM)]).fit(data_of("workers"), batches(1))
+    again = trainer(out, resume=True, seed=1)
+    again.fit(data_of("workers"), batches(1))
+    assert_same(outcome(again), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_very_step_and_every_one_can_be_gone_on_from(tmp_path, number):
+    """The run is stopped again and again, each time a few steps later."""
+    expected = whole(tmp_path, "loader")
+    out = tmp_path / "stopped"
+    done, stops = 0, 0
+    before = signal.getsignal(number)
+    while True:
+        run = trainer(out, resume=True, seed=stops, callbacks=[StopAt(4, number)] if done else [StopAt(2, number)])
+        if not done:
+            seed_all(0)
+        try:
+            run.fit(data_of("loader"), batches(1))
+        except Interrupted as interrupt:
+            assert interrupt.signal is number  # noqa: PT017
+            assert signal.getsignal(number) is before
+            stops += 1
+            done += 2 if not done else 4
+            saved = load_checkpoint(out)
+            assert sum(stage["step"] for stage in saved["stages"].values()) == done
+            assert len(Checkpoints(out).paths()) <= 3
+        else:
+            break
+    assert stops == 11
+    assert_same(outcome(run), expected)
+
+
+def test_checkpoints_by_the_clock_change_nothing(tmp_path):
+    expected = whole(tmp_path, "loader")
+    run = Trainer(noisy_net(), recipe(**SHORT), out=tmp_path / "often", checkpoint_seconds=0.0, keep_checkpoints=100)
+    seed_all()
+    run.fit(data_of("loader"), batches(1))
+    assert [path.stem for path in Checkpoints(tmp_path / "often").paths()] == [f"step-{i:09d}" for i in range(1, 46)]
+    assert_same(outcome(run), expected)
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(tmp_path):
+    expected = whole(tmp_path, "loader")
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(out, callbacks=[StopAt(35)]).fit(data_of("loader"), batches(1))
+    newest = Checkpoints(out).paths()[-1]
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=rf"{newest.name} is torn .*; going back to step-000000025.pt"):
+        again = trainer(out, resume=True, seed=5)
+    again.fit(data_of("loader"), batches(1))
+    assert_same(outcome(again), expected)
+    for path in Checkpoints(out).paths():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read: .*step-000000045.*step-"):
+        trainer(out, resume=True)
+
+
+def test_a_finished_run_is_read_and_not_trained_again(tmp_path):
+    class NoStep(Callback):
+        def on_step(self, stage, step):
+            raise AssertionError("trained again")
+
+    expected = whole(tmp_path, "loader")
+    again = trainer(tmp_path / "whole", resume=True, seed=9, callbacks=[NoStep()])
+    again.fit(data_of("loader"), batches(1))
+    assert_same(outcome(again), expected)
+    assert again.results["phase2"].seconds > 0
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    split = CifarSplit(pixels, torch.randint(3, (40,), generator=generator))
+    return CifarBatches(split, batch_size=8, train=True, seed=1)
+
+
+def test_data_that_know_their_place_are_asked_for_it(tmp_path):
+    def small():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+
+    def model():
+        made = small()
+        made(torch.zeros(1, 3, 32, 32))
+        return made
+
+    run = trainer(tmp_path / "whole", model=model)
+    run.fit(images())
+    for stop in (4, 12, 25, 26, 33):
+        out = tmp_path / f"stopped-{stop}"
+        with pytest.raises(Interrupted):
+            trainer(out, model=model, callbacks=[StopAt(stop, signal.SIGTERM)]).fit(images())
+        again = trainer(out, model=model, resume=True, seed=3)
+        again.fit(images())
+        assert_same(outcome(again), outcome(run))
+
+
+def test_another_run_is_refused_by_name(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(out, callbacks=[StopAt(10)]).fit(batches(0))
+    with pytest.raises(FileExistsError, match="holds a run that was begun before: resume it"):
+        trainer(out)
+    with pytest.raises(ConfigError, match=r"recipe.phase1.lr was 0.1, now it is 0.2"):
+        trainer(out, resume=True, phase1=PhaseConfig(steps=25, epoch_steps=9, lr_drops=(15,), lr=0.2))
+    with pytest.raises(ConfigError, match=r"options.precision was 'fp32', now it is 'bf16'"):
+        Trainer(noisy_net(), recipe(**SHORT), out=out, resume=True, precision="bf16")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.warns(UserWarning, match=rf"begun with {threads} threads and goes on with {threads + 1}"):
+            trainer(out, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    again = trainer(out, resume=True)
+    with pytest.raises(ValueError, match="had no state_dict, unlike these"):
+        again.fit(
+            CifarBatches(CifarSplit(torch.zeros(8, 3, 32, 32).byte(), torch.zeros(8).long()), batch_size=4, train=True)
+        )
+    again = trainer(out, resume=True)
+    with pytest.raises(ValueError, match="stands at batch 3 of a pass, these data give 1"):
+        again.fit(batches(0)[:1])
+
+
+def test_a_checkpoint_of_the_first_version_is_evaluated_but_not_gone_on_with(tmp_path):
+    """It kept the networks of each stage in one file beside the record."""
+    run = trainer(None)
+    run.phase1(batches(0))
+    state = dict(run.model.state_dict())
+    old = {
+        "format": "pqk_fast checkpoint",
+        "version": 1,
+        "recipe": {"name": "small"},
+        "stages": {"phase1": {"prepared": True, "step": 25, "state": state, "best": {}}},
+    }
+    torch.save(old, tmp_path / "checkpoint.pt")
+    loaded = load_checkpoint(tmp_path)
+    torch.testing.assert_close(loaded["stages"]["phase1"]["state"], state, rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="kept networks only: it can be evaluated"):
+        trainer(tmp_path, resume=True)
+
+
+def test_nothing_bad_is_saved(tmp_path):
+    """Weights that are no numbers any more end the run before a checkpoint of them is written."""
+
+    class Spoils(Callback):
+        def on_step(self, stage, step):
+            if step == 11:
+                with torch.no_grad():
+                    run.model[0].weight_mask.fill_(False)  # the loss stays finite
+                    run.model[0].weight[0, 0] = torch.inf
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run = trainer(tmp_path, callbacks=[Spoils()])
+    with pytest.raises(TrainingDivergedError, match=r"phase1 stopped at step 11: .*step-000000009.pt"):
+        run.fit(batches(0))
+    assert load_checkpoint(tmp_path)["stages"]["phase1"]["step"] == 9
+
+
+def test_masks_of_another_network_are_refused(tmp_path):
+    def wide():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, model=wide, callbacks=[StopAt(24, signal.SIGTERM)]).fit(batches(0))
+    content = load_checkpoint(tmp_path)
+    state = content["stages"]["phase1"]["state"]
+    state["0.weight_mask"] = state["0.weight_mask"].flatten().roll(101).view(64, 8)
+    del content["format"], content["version"]
+    save_checkpoint(Checkpoints(tmp_path).paths()[-1], content)
+    again = trainer(tmp_path, model=wide, resume=True)
+    with pytest.raises(ValueError, match="the mask does not belong to the weight of layer '0'"):
+        again.fit(batches(0))
+
+
+def test_masks_take_a_bit_each_and_come_back(tmp_path):
+    masks = {
+        "a": torch.rand(3, 5) < 0.5,
+        "b": torch.ones(1000, dtype=torch.bool),
+        "c": torch.zeros(0, dtype=torch.bool),
+    }
+    save_checkpoint(tmp_path / "c.pt", {"stages": {"x": {"state": masks}}, "position": [masks["a"], 1]})
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    torch.testing.assert_close(loaded["stages"]["x"]["state"], masks, rtol=0, atol=0)
+    assert torch.equal(loaded["position"][0], masks["a"])
+    stored = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert stored["stages"]["x"]["state"]["b"]["packed bits"].numel() == 125
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"weights": torch.arange(1000.0)})
+    content = bytearray(path.read_bytes())
+    place = content.find(torch.arange(500.0, 510.0).numpy().tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="torn or not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    class Twice(Callback):
+        def on_step(self, stage, step):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer(tmp_path, callbacks=[Twice()]).fit(batches(0))
+    assert not isinstance(caught.value, Interrupted)
+    assert not Checkpoints(tmp_path).paths()
+
+
+def test_random_states_come_back_also_through_a_file(tmp_path):
+    seed_all(5)
+    random.gauss(0, 1)
+    np.random.standard_normal()  # noqa: NPY002
+    save_checkpoint(tmp_path / "c.pt", {"random": random_state()})
+    drawn = [(torch.rand(3).tolist(), np.random.rand(3).tolist(), random.gauss(0, 1)) for _ in range(2)]  # noqa: NPY002
+    set_random_state(load_checkpoint(tmp_path / "c.pt")["random"])
+    assert drawn == [(torch.rand(3).tolist(), np.random.rand(3).tolist(), random.gauss(0, 1)) for _ in range(2)]  # noqa: NPY002
+
+
+def test_streams_refuse_data_that_run_out():
+    with pytest.raises(ValueError, match="gives no batch"):
+        next(Stream([]))
+    once = Stream(iter(batches(0)))
+    for _ in range(6):
+        next(once)
+    with pytest.raises(ValueError, match="gives no batch any more: expected an iterable that starts anew"):
+        next(once)
+
+
+def test_a_sampler_is_told_the_pass():
+    class Sampler:
+        told: ClassVar[list[int]] = []
+
+        def set_epoch(self, epoch):
+            self.told.append(epoch)
+
+    class Data(list):
+        sampler = Sampler()
+
+    stream = Stream(Data(batches(0)))
+    for _ in range(13):
+        next(stream)
+    assert Sampler.told == [0, 1, 2]
+    again = Stream(Data(batches(0)))
+    again.load_state_dict(stream.state_dict())
+    next(again)
+    assert Sampler.told == [0, 1, 2, 2]
