@@ -116,7 +116,7 @@ class Phase1Callback(_PhaseCallback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.pruner is not None:
-            pl_module.log("sparsity", self.pruner.sparsity())
+            pl_module.log("sparsity", self.pruner.sparsity(), sync_dist=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.pruner is not None and not self.pruner.finished:

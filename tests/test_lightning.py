@@ -1,5 +1,6 @@
 """Both phases under Lightning's Trainer: bit for bit the plain loop's networks, whole or resumed."""
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -11,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import package
+from cases import package, required
 from torch import Tensor, nn
 
 import pqk_fast as pqk
 
-L = package("lightning.pytorch")  # leaves out the file without it
+if importlib.util.find_spec("lightning") is None and not required("PACKAGES"):
+    pytest.skip("needs lightning", allow_module_level=True)
+
+import lightning.pytorch as L
+
 from pqk_fast.lightning import Phase1Callback, Phase2Callback
 
 CONFIG = pqk.PQKConfig(bits=4, sparsity=0.7, mask_interval=4)
