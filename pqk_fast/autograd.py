@@ -33,6 +33,14 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
+def _inlined(weight: Tensor) -> bool:
+    """True where the compiler gets the definition in plain PyTorch, which it fuses with what is around.
+
+    On a CPU. Around an operation that it does not know it copies 4-d weights and masks to channels_last and back.
+    """
+    return torch.compiler.is_compiling() and weight.device.type == "cpu"
+
+
 def _passed_on(grad: Tensor, weight: Tensor, ste: str, mask_gradients: bool) -> bool:
     """True where the weight's gradient is the incoming one as it is: nothing to compute, nothing to copy."""
     return ste == "identity" and not mask_gradients and grad.dtype == weight.dtype
@@ -54,6 +62,8 @@ class FakeQuant(torch.autograd.Function):
         mask_gradients: bool,
         dtype: torch.dtype,
     ) -> Tensor:
+        if _inlined(weight):
+            return reference.fake_quant(weight, mask, step, bits, dtype)
         out: Tensor = dispatch.fake_quant(weight, mask, step, bits, dtype)
         return out
 
@@ -68,7 +78,7 @@ class FakeQuant(torch.autograd.Function):
         weight, mask, step = ctx.saved_tensors
         bits, ste, mask_gradients = ctx.options
         need_weight, _, need_step = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+        if torch.is_grad_enabled() or _inlined(weight):  # a gradient of this gradient is wanted
             both = reference.fake_quant_backward(grad, weight, mask, step, bits, ste, mask_gradients)
             return both[0] if need_weight else None, None, both[1] if need_step else None, *[None] * 4
         passed_on = _passed_on(grad, weight, ste, mask_gradients)
@@ -95,6 +105,9 @@ class FakeQuantAll(torch.autograd.Function):
         masks: list[Tensor], bits: list[int], ste: str, mask_gradients: bool, dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         n = len(bits)
+        if _inlined(tensors[0]):
+            layers = zip(tensors[:n], masks, tensors[n:], bits, strict=True)
+            return tuple(reference.fake_quant(*layer, dtype) for layer in layers)
         return tuple(dispatch.fake_quant_all(tensors[:n], masks, tensors[n:], bits, dtype))
 
     @staticmethod
@@ -111,7 +124,7 @@ class FakeQuantAll(torch.autograd.Function):
         weights, steps, masks = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         needs = ctx.needs_input_grad[5:]
         need_weight, need_step = any(needs[:n]), any(needs[n:])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _inlined(tensors[0]):
             layers = zip(grads, weights, masks, steps, bits, strict=True)
             pairs = [reference.fake_quant_backward(*layer, ste, mask_gradients) for layer in layers]
             every = zip([*(w for w, _ in pairs), *(s for _, s in pairs)], needs, strict=True)

@@ -10,6 +10,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from cases import package
 
 from pqk_fast import cli
 from pqk_fast.callbacks import ProgressDisplay
@@ -144,11 +145,17 @@ def test_an_unfinished_run_goes_on_with_resume_and_is_not_started_over(speech, t
 def test_resume_without_a_checkpoint_starts_and_says_so(speech, tmp_path, capsys):
     command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(speech), "--out", str(tmp_path / "run")]
     command += [*SETTINGS, "--device", "cpu", "--resume", "--set", "stages=['vanilla']", "--no-recycle"]
-    assert cli.main([*command, "--tensorboard", "--keep-checkpoints", "1"]) == 0
+    assert cli.main([*command, "--keep-checkpoints", "1"]) == 0
     printed = capsys.readouterr().out
     assert "starting from the beginning" in printed
     assert "malloc" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_scalars_for_tensorboard(speech, tmp_path):
+    package("tensorboard")
+    command = ["train", "--recipe", "kws-res8-narrow-w4-p90", "--data", str(speech), "--out", str(tmp_path / "run")]
+    assert cli.main([*command, *SETTINGS, "--device", "cpu", "--set", "stages=['vanilla']", "--tensorboard"]) == 0
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 

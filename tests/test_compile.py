@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -162,6 +163,49 @@ def test_one_compile_a_phase_and_the_eager_gradients(name: str, stage: str, monk
 @pytest.mark.parametrize("stage", ["phase 1", "two_pass"])
 def test_one_compile_a_phase_by_inductor(stage: str) -> None:
     train_both(*MODELS["mlp"], stage, "inductor")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
+def test_what_inductor_fuses_are_the_same_bits() -> None:
+    """Ties and clipped weights among them; the step's gradient is a sum in another order."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.cat([torch.arange(-12, 12.5, 0.5) / 8, torch.randn(2000, generator=generator)])
+    mask = torch.rand(weight.shape, generator=generator) < 0.8
+    step, grad = torch.tensor([1 / 8]), torch.randn(weight.shape, generator=generator)
+
+    def quantized(weight: Tensor, step: Tensor) -> Tensor:
+        return pqk.ops.fake_quant(weight, mask, step, 4, "clipped", True)
+
+    results = []
+    for function in (quantized, torch.compile(quantized, fullgraph=True)):
+        w, s = weight.clone().requires_grad_(), step.clone().requires_grad_()
+        out = function(w, s)
+        out.backward(grad)
+        results.append((out, w.grad, s.grad))
+    (out, of_weight, of_step), (eager, eager_weight, eager_step) = reversed(results)
+    assert torch.equal(out, eager)
+    assert torch.equal(of_weight, eager_weight)
+    torch.testing.assert_close(of_step, eager_step, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("stage", ["phase 1", "two_pass"])
+def test_the_compiler_sees_through_the_quantizer(stage: str, fused: bool) -> None:
+    """On a CPU: around an operation that it does not know inductor copies weights and masks to and fro."""
+    graphs: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    make, shape = MODELS["mlp"]
+    training = Training(make(), stage)
+    if fused:
+        pqk.fuse(training.model)
+    torch.compile(training.objective, fullgraph=True, backend=aot_autograd(fw_compiler=look))(*batch(shape)).backward()
+    assert len(graphs) == 2
+    assert all("round" in graph for graph in graphs)
+    assert not any("pqk_fast" in graph for graph in graphs)
 
 
 def test_the_phases_of_one_model_are_a_compile_each() -> None:

@@ -1,6 +1,7 @@
 """TensorBoard's scalars, read back as TensorBoard reads them."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def test_layers_are_counted_where_the_model_is_not_known_and_named_where_it_is_p
 
 def stage(folder: Path, name: str, steps: int, epochs: list[int], done: int = 0) -> None:
     """A stage in a process of its own: rows after each of ``epochs`` steps."""
+    # TensorBoard reads files in the order of their names: the second, then a number ("10" before "9") by the process.
+    time.sleep(1 - time.time() % 1)
     callback = TensorBoardCallback(folder)
     callback.on_stage_start(name, steps)
     if done:
