@@ -62,9 +62,15 @@ class Checkpoints:
         return [self.old, *found] if self.old.is_file() else found
 
     def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Write the checkpoint of ``step``, then remove those that are too many."""
+        """Write the checkpoint of ``step``, then remove those that are too many, and any of later steps.
+
+        Those can only be damaged ones, which the run went back from.
+        """
         path = self.folder / f"step-{step:09d}.pt"
         save_checkpoint(path, content)
+        paths = self.paths()
+        for later in paths[paths.index(path) + 1 :]:
+            later.unlink(missing_ok=True)
         torn = self.folder.glob(".step-*.tmp")  # by a process that was killed while it wrote
         for old in (*self.paths()[: -self.keep], *torn):
             old.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from pqk_fast.allocator import recycle_large_tensors
 from pqk_fast.branches import branch
 from pqk_fast.callbacks import Callback, ProgressDisplay
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
-from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names
+from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names, to_dict
 from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
 from pqk_fast.data.spoken_words import write_spoken_words
 from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
@@ -33,6 +34,7 @@ from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
 from pqk_fast.ranks import Ranks, RanksDifferError, join, leave
 from pqk_fast.record import environment, read_record
+from pqk_fast.run_state import first_difference
 from pqk_fast.steps import PRECISIONS
 from pqk_fast.tensorboard import TensorBoardCallback
 
@@ -76,7 +78,7 @@ def _seconds_since(start: float) -> str:
 
 def demo(args: argparse.Namespace) -> None:
     recipe = load_recipe("demo", args.set)
-    _clear_old_demo(args.out)
+    _clear_old_demo(recipe, args.out)
     check_run(recipe, args.out)
     start = time.perf_counter()
     with Progress(console=console, transient=True) as bar:
@@ -90,20 +92,26 @@ def demo(args: argparse.Namespace) -> None:
     console.print(f"whole demo: {_seconds_since(start)}")
 
 
-def _clear_old_demo(out: Path) -> None:
-    """A demo is made to be run again; any other run is kept."""
+def _clear_old_demo(recipe: Recipe, out: Path) -> None:
+    """A demo is made to be run again, with the same result; any other run is kept."""
     record, checkpoints = out / "record.json", Checkpoints(out)
-    if record.exists() and read_record(record)["recipe"].get("name") == "demo":
-        record.unlink()
-    elif not checkpoints.paths() or checkpoints.newest()["recipe"].get("name") != "demo":
+    if record.exists():
+        old = read_record(record)
+    elif checkpoints.paths():
+        old = checkpoints.newest()
+    else:
         return
-    for path in checkpoints.paths():
-        path.unlink()
+    if first_difference(old["recipe"], to_dict(recipe), "recipe") is None:
+        record.unlink(missing_ok=True)
+        for path in checkpoints.paths():
+            path.unlink()
 
 
 def train(args: argparse.Namespace) -> None:
     recipe, out = _recipe_and_folder(args)
     if args.resume and (out / "record.json").exists():
+        if difference := first_difference(read_record(out / "record.json")["recipe"], to_dict(recipe), "recipe"):
+            raise ValueError(f"{out} holds the finished run of another recipe: {difference}; choose another folder")
         console.print(escape(f"{out} holds the finished run: nothing to do"))
         console.print(report.results_table(read_record(out / "record.json")))
         return
@@ -300,7 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.function(args)
     except Interrupted as interrupt:
         again = "; train the same with --resume to go on"
-        console.print(f"\n[bold]{interrupt.signal.name}[/]: {escape(str(interrupt))}{again}")
+        if os.environ.get("RANK", "0") == "0":
+            console.print(f"\n[bold]{interrupt.signal.name}[/]: {escape(str(interrupt))}{again}")
         return 128 + interrupt.signal
     except KeyboardInterrupt:
         console.print("\n[bold]interrupted[/]; a run that has checkpoints goes on with --resume")

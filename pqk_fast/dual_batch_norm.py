@@ -54,6 +54,12 @@ class DualBatchNorm(TwoPhase, _BatchNorm):
             if own is not None:
                 getattr(self, f"teacher_{name}").requires_grad_(phase == 2 and own.requires_grad)
 
+    def freeze_teacher(self) -> None:
+        """For training of the student alone in phase 2: the full net's affine parameters do not learn."""
+        for parameter in (self.teacher_weight, self.teacher_bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
     @classmethod
     def from_float(cls, module: nn.Module) -> DualBatchNorm:
         """The dual layer around ``module``'s own parameters; TypeError for anything but ``BATCH_NORMS``."""

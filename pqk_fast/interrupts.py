@@ -19,13 +19,14 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Within ``with Interrupts() as interrupts`` the first SIGINT or SIGTERM only sets ``interrupts.requested``.
 
-    A second one acts at once, as a KeyboardInterrupt. Does nothing outside of the main thread, which alone may handle
-    signals, or if ``enabled`` is False.
+    What nobody has answered at the end raises :class:`Interrupted` there. A second SIGINT acts at once, as a
+    KeyboardInterrupt, unless ``patient``: launchers of many processes pass on what each of them has got already. Does
+    nothing outside of the main thread, which alone may handle signals, or if ``enabled`` is False.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, patient: bool = False) -> None:
         self.requested: int | None = None
-        self._enabled = enabled
+        self._enabled, self._patient = enabled, patient
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -37,8 +38,10 @@ class Interrupts:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if kind is None and self.requested is not None:
+            raise Interrupted(self.requested, "stopped at the end of a stage, which is saved")
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
+        if self.requested is not None and number == signal.SIGINT and not self._patient:
             raise KeyboardInterrupt
-        self.requested = number
+        self.requested = self.requested or number

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class StageResult:
     views: dict[str, Forward]
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
-    best: dict[str, tuple[Row, dict[str, Tensor]]] = field(default_factory=dict)
+    best: dict[str, tuple[Row, dict[str, Any]]] = field(default_factory=dict)
 
 
 class Loop:
@@ -84,17 +85,19 @@ class Loop:
 
     def run(self, make_step: Callable[[], Step], checkpoint_seconds: float) -> StageResult:
         """Train to the stage's end. Raises TrainingDivergedError, or Interrupted after a signal, the state saved."""
+        self.state.begin(self.stage.name)
         saved = self.state.stages.get(self.stage.name)
         position = self.state.position_in(self.stage.name)
         if saved is not None:
             self._take_up(saved)
         if saved is not None and saved["finished"]:
+            self.stream.load_state_dict(saved["streams"][self.ranks.rank])
             if position is not None:
-                self._go_to(position["ranks"][self.ranks.rank])
+                set_random_state(position["ranks"][self.ranks.rank]["random"])
             return self.result
         self.step = make_step()
         first = 0 if position is None else self._resume(position)
-        with Interrupts(enabled=self.state.files is not None) as interrupts:
+        with Interrupts(enabled=self.state.files is not None, patient=self.ranks.world > 1) as interrupts:
             self._run(first, interrupts, checkpoint_seconds)
         return self.result
 
@@ -109,7 +112,13 @@ class Loop:
         stage.model.train()
         try:
             for step in range(first, phase.steps):
-                x, y = (t.to(self.device, non_blocking=True) for t in next(self.stream))
+                try:
+                    batch = next(self.stream)
+                except RuntimeError:
+                    if interrupts.requested is None:
+                        raise
+                    self._stop_without_data(interrupts, step, first)
+                x, y = (t.to(self.device, non_blocking=True) for t in batch)
                 if step == first and isinstance(stage.objective, MutualDistillation):
                     stage.objective.choose_mode(x)
                     if self.ranks.any(stage.objective.mode == "two_pass")[0]:
@@ -128,6 +137,7 @@ class Loop:
                         self._save(step, x)
                         saved_at = time.perf_counter()
                     if stop:
+                        self.ranks.wait()  # or a launcher would end rank 0 while it writes
                         self._stop(interrupts, done)
         finally:
             self.result.seconds = time.perf_counter() - self._began
@@ -144,13 +154,15 @@ class Loop:
             due = stage.pruner is not None and stage.pruner.advance()
             self.losses += self.step(x, y, due, check)
             if due and stage.pruner is not None and self.device.type == "cpu":
-                stage.pruner.check()
+                stage.pruner.check()  # a GPU is asked at the end of an epoch
         except NonFiniteWeightError as error:
             self._diverged(step, str(error), x)
 
     def _end_epoch(self, step: int, x: Tensor) -> None:
         """Evaluate, keep the best, tell the callbacks."""
         stage, model, result = self.stage, self.stage.model, self.result
+        if stage.pruner is not None:
+            stage.pruner.check()
         self._check_weights(step, x)
         self.ranks.check_same(model)
         self.ranks.same_buffers(model)
@@ -172,13 +184,13 @@ class Loop:
                 row[column] = [layer[column] for layer in layers]
         # Before the last mask the network is denser than asked for: such an epoch cannot be the best.
         eligible = stage.pruner is None or stage.pruner.finished
-        state: dict[str, Tensor] | None = None
+        state: dict[str, Any] | None = None
         for view, forward in stage.views.items():
             row[view] = None if self.val is None else accuracy(model, self.val, forward, self.ranks)
             if self.val is None:
                 continue
             if eligible and (view not in result.best or row[view] > result.best[view][0][view]):
-                state = state or _copy_of_state(model)
+                state = state or copy_of_state(model)
                 result.best[view] = (row, state)
         result.rows.append(row)
         for callback in self.callbacks:
@@ -197,7 +209,7 @@ class Loop:
             "finished": step + 1 == stage.phase.steps,
             "rows": list(result.rows),
             "seconds": time.perf_counter() - self._began,
-            "state": _copy_of_state(stage.model),
+            "state": copy_of_state(stage.model),
             "best": {view: {"epoch": row["epoch"], "state": state} for view, (row, state) in result.best.items()},
         }
         position = {
@@ -207,8 +219,9 @@ class Loop:
             "pruner": None if stage.pruner is None else stage.pruner.state_dict(),
             "mode": getattr(stage.objective, "mode", None),
         }
-        of_rank = {"losses": self.losses.cpu(), "stream": self.stream.state_dict(), "random": random_state()}
-        self.state.save(stage.name, entry, position, of_rank)
+        entry["streams"] = self.ranks.gather(self.stream.state_dict())
+        position["ranks"] = self.ranks.gather({"losses": self.losses.cpu(), "random": random_state()})
+        self.state.save(stage.name, entry, position)
 
     def _take_up(self, saved: dict[str, Any]) -> None:
         """The stage's model, curve and best networks as they were saved."""
@@ -228,15 +241,18 @@ class Loop:
         self.epoch_start = position["epoch_start"]
         own = position["ranks"][self.ranks.rank]
         self.losses.copy_(own["losses"])
-        self._go_to(own)
+        self.stream.load_state_dict(self.state.stages[self.stage.name]["streams"][self.ranks.rank])
+        set_random_state(own["random"])
         step: int = position["step"]
         return step
 
-    def _go_to(self, of_rank: dict[str, Any]) -> None:
-        self.stream.load_state_dict(of_rank["stream"])
-        set_random_state(of_rank["random"])
+    def _stop_without_data(self, interrupts: Interrupts, done: int, first: int) -> NoReturn:
+        """The signal was for all of the process group: a DataLoader's workers have ended, and nothing more comes."""
+        if done > first and self.ranks.world == 1:
+            self._save(done - 1, torch.empty(0, device=self.device))
+        self._stop(interrupts, done)
 
-    def _stop(self, interrupts: Interrupts, done: int) -> None:
+    def _stop(self, interrupts: Interrupts, done: int) -> NoReturn:
         where = f"{self.stage.name} stopped after step {done} of {self.stage.phase.steps}"
         raise Interrupted(interrupts.requested, f"{where}; its checkpoint is {self.state.newest}")
 
@@ -260,7 +276,7 @@ class Loop:
                 self._warned.add((problem.layer, problem.kind))
                 warnings.warn(f"{self.stage.name}, step {step + 1}: {problem.message}", stacklevel=6)
 
-    def _diverged(self, step: int, what: str, x: Tensor) -> None:
+    def _diverged(self, step: int, what: str, x: Tensor) -> NoReturn:
         stage = self.stage
         where = first_nonfinite(stage.model, x, stage.views.values())
         newest = self.state.newest
@@ -271,5 +287,7 @@ class Loop:
         )
 
 
-def _copy_of_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def copy_of_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict, which training does not change any more."""
+    state = model.state_dict()
+    return {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()}

@@ -121,6 +121,8 @@ class Pruner:
         self._unique = dict(unique.values())
         self._pools = self._make_pools()
         self._final_unseen = False
+        self._counted = 0  # steps in this process, as against `iteration` of a run that was resumed
+        self._all_ran = False
         self._plan(0)
         self._make_masks()
         self.check()
@@ -171,7 +173,7 @@ class Pruner:
         """Count one optimizer step; True if the masks moved."""
         due = self.advance()
         self.update(due)
-        if due:
+        if due or self._counted == self._first_look:
             self.check()
         return due
 
@@ -180,8 +182,7 @@ class Pruner:
         if self.iteration >= self.steps:
             raise ValueError(f"the phase was announced with {self.steps} steps and is over; make a Pruner with more")
         self.iteration += 1
-        if self.iteration == min(self.config.mask_interval, self.steps):
-            self._check_all_ran()
+        self._counted += 1
         due = self.iteration < self.steps and self._plan(self.iteration)
         self._final_unseen |= due and self.finished
         return due
@@ -208,11 +209,14 @@ class Pruner:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Name the layer whose weights or step size no longer are numbers. Waits for the device.
+        """After a step: name the layer whose weights or step size no longer are numbers. Waits for the device.
 
-        A GPU, which cannot raise, sets a flag; it is read here. After the last mask, warns of layers left empty.
-        With sharded weights, call it on all ranks together; all raise.
+        A GPU, which cannot raise, sets a flag; it is read here. After the last mask, warns of layers left empty; after
+        the first ``mask_interval`` steps, refuses layers that never ran. With sharded weights, call it on all ranks
+        together; all raise.
         """
+        if self._counted >= self._first_look and not self._all_ran:
+            self._check_all_ran()
         layers = self._suspects()
         group = sharding.common_group({name: layer.weight for name, layer in layers.items()})
         steps = [sharding.local(layer.weight_step) for layer in layers.values()]
@@ -256,10 +260,16 @@ class Pruner:
         idle = [name for name, layer in self._layers.items() if not layer.ran]
         if idle:
             raise ValueError(
-                f"prepared layers that never ran in a forward in {self.iteration} steps: {', '.join(idle)}; the model "
+                f"prepared layers that never ran in a forward in {self._counted} steps: {', '.join(idle)}; the model "
                 "does not use them or reads their weight itself, past pruning and quantization: leave them out by "
                 "PQKConfig.exclude or filter_fn"
             )
+        self._all_ran = True
+
+    @property
+    def _first_look(self) -> int:
+        """Steps after which every layer must have run."""
+        return min(self.config.mask_interval, self.steps)
 
     @property
     def finished(self) -> bool:

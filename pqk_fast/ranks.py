@@ -22,6 +22,9 @@ class Ranks:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
+        # A GPU is not made to wait where CPU tensors can travel too.
+        backends = dist.get_backend_config() if together else ""
+        self._device = "cuda" if together and "cpu:" not in backends else "cpu"
 
     @property
     def main(self) -> bool:
@@ -44,9 +47,13 @@ class Ranks:
         """For each flag, whether any rank has it."""
         if self.world == 1:
             return list(flags)
-        told = torch.tensor(flags, dtype=torch.int32)  # on the CPU: a GPU is not made to wait
+        told = torch.tensor(flags, dtype=torch.int32, device=self._device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return [bool(flag) for flag in told.tolist()]
+
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        self.any(True)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value`` (plain data, tensors on the CPU), in the order of the ranks; on every rank."""
@@ -70,7 +77,7 @@ class Ranks:
             return
         tensors: dict[str, Tensor] = dict(model.named_parameters())
         tensors |= {name: buffer for name, buffer in model.named_buffers() if buffer.dtype == torch.bool}
-        own = torch.stack([_fingerprint(tensor) for tensor in tensors.values()]).cpu()
+        own = torch.stack([_fingerprint(tensor) for tensor in tensors.values()]).to(self._device)
         lowest, highest = own.clone(), own.clone()
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         dist.all_reduce(highest, dist.ReduceOp.MAX)

@@ -50,14 +50,22 @@ class RunState:
         self.files = None if out is None else Checkpoints(out, keep)
         self.stages: dict[str, dict[str, Any]] = {}
         self.position: dict[str, Any] | None = None
-        if self.files is None or not self.files.paths():
+        self._begun: set[str] = set()
+        if self.files is None:
             return
-        if not resume:
+        found = bool(self.files.paths())
+        if found and not resume:
             raise FileExistsError(
                 f"{out} holds a run that was begun before: resume it (--resume, or resume=True), remove the folder, or "
                 "choose another"
             )
-        self._take(self.files.newest())
+        if found:
+            self._take(self.files.newest())
+        places = ranks.gather({name: entry["step"] for name, entry in self.stages.items()})
+        if any(place != places[0] for place in places):
+            raise CheckpointError(
+                f"the ranks find different checkpoints in {out} ({places}): the run folder must be one that all share"
+            )
 
     def _take(self, content: dict[str, Any]) -> None:
         if content["position"] is None:
@@ -69,7 +77,7 @@ class RunState:
             ("recipe", content["recipe"], self.recipe),
             ("options", content["options"], dataclasses.asdict(self.options)),
         ):
-            if difference := _first_difference(saved, own, what):
+            if difference := first_difference(saved, own, what):
                 raise ConfigError(f"the run cannot go on as another one: {difference}; give what it was started with")
         if content["threads"] != torch.get_num_threads():
             warnings.warn(
@@ -86,25 +94,28 @@ class RunState:
         position, self.position = self.position, None
         return position
 
-    def save(self, stage: str, entry: dict[str, Any], position: dict[str, Any], of_rank: dict[str, Any]) -> Path | None:
-        """Keep a stage's entry, and write the checkpoint if there is a folder; ``of_rank`` is each rank's own part.
+    def begin(self, stage: str) -> None:
+        """Note that this process runs the stage, now or to its end; RuntimeError if it has done so before."""
+        if stage in self._begun:
+            raise RuntimeError(
+                f"{stage} was begun by this trainer, or a copy of it, before: what it left would be mixed up with a "
+                "new run. Make a new Trainer; with resume=True and the same folder it goes on where this one was"
+            )
+        self._begun.add(stage)
 
-        All ranks call this; rank 0 writes.
-        """
+    def save(self, stage: str, entry: dict[str, Any], position: dict[str, Any]) -> None:
+        """Keep a stage's entry; rank 0 writes the checkpoint, if there is a folder."""
         self.stages[stage] = entry
-        if self.files is None:
-            return None
-        position = {"stage": stage, **position, "ranks": self._ranks.gather(of_rank)}
-        if not self._ranks.main:
-            return None
+        if self.files is None or not self._ranks.main:
+            return
         content = {
             "recipe": self.recipe,
             "options": dataclasses.asdict(self.options),
             "threads": torch.get_num_threads(),
             "stages": self.stages,
-            "position": position,
+            "position": {"stage": stage, **position},
         }
-        return self.files.save(sum(entry["step"] for entry in self.stages.values()), content)
+        self.files.save(sum(entry["step"] for entry in self.stages.values()), content)
 
     @property
     def newest(self) -> Path | None:
@@ -113,13 +124,13 @@ class RunState:
         return paths[-1] if paths else None
 
 
-def _first_difference(saved: Any, own: Any, where: str) -> str | None:
+def first_difference(saved: Any, own: Any, where: str) -> str | None:
     """Where two nested plain structures first differ, in words; tuples and lists are the same."""
     if isinstance(saved, dict) and isinstance(own, dict):
         for key in sorted({*saved, *own}):
             if key not in saved or key not in own:
                 return f"{where}.{key} is in one of them only"
-            if difference := _first_difference(saved[key], own[key], f"{where}.{key}"):
+            if difference := first_difference(saved[key], own[key], f"{where}.{key}"):
                 return difference
         return None
     if isinstance(saved, list | tuple) and isinstance(own, list | tuple):

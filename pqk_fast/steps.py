@@ -132,7 +132,8 @@ class CapturedStep(Step):
         """What repeats ``work``, whose result is a tensor that the next repetition writes over."""
         self.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's memory, not in that of another
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads (a loader that pins memory) may call CUDA meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = work()
         self._pool = graph.pool()
 

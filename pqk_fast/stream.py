@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,10 +18,10 @@ class Stream:
     """Iterates over ``batches`` again and again.
 
     Batches with ``state_dict`` and ``load_state_dict`` (those of :mod:`pqk_fast.data`, torchdata's StatefulDataLoader)
-    are asked where they stand. Of any other, a DataLoader or a list, the random states at the start of the pass (its
-    own ``generator``'s too) are kept: to go on, the pass is begun again from them and what has been seen is skipped.
-    That is exact if order and augmentation depend on those states and the number of the pass only. A sampler with
-    ``set_epoch`` (DistributedSampler) is told the number of the pass.
+    are asked where they stand. Of any other, a DataLoader or a list, the random states at the start of the pass are
+    kept (the ``generator`` of the loader and its samplers too): to go on, the pass is begun again from them and what
+    has been seen is skipped. That is exact if order and augmentation depend on those states and the number of the pass
+    only. A sampler with ``set_epoch`` (DistributedSampler) is told the number of the pass.
 
     Raises ValueError if a pass gives no batch.
     """
@@ -61,7 +62,8 @@ class Stream:
 
     def _begin(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._keeper is None:
-            self._start = {"random": random_state(), **_generator_state(self.batches)}
+            generators = [generator.get_state() for generator in _generators(self.batches)]
+            self._start = {"random": random_state(), "generators": generators}
             sampler: Any = getattr(self.batches, "sampler", None)
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.passes)
@@ -90,9 +92,15 @@ class Stream:
             return
         if not state["start"]:  # not begun yet
             return
+        if getattr(self.batches, "persistent_workers", False):
+            warnings.warn(
+                "workers that live on from pass to pass (persistent_workers) draw numbers that a resumed run cannot "
+                "find again: if the data set is augmented at random, the run will not end in the same bits",
+                stacklevel=2,
+            )
         set_random_state(state["start"]["random"])
-        if "generator" in state["start"]:
-            self.batches.generator.set_state(state["start"]["generator"])  # type: ignore[attr-defined]
+        for generator, start in zip(_generators(self.batches), state["start"]["generators"], strict=True):
+            generator.set_state(start)
         self.passes = state["passes"] - 1
         self._pass = self._begin()
         for _ in range(state["position"]):
@@ -104,7 +112,9 @@ class Stream:
             self.position += 1
 
 
-def _generator_state(batches: Any) -> dict[str, Tensor]:
-    """A DataLoader's order may come from a generator of its own."""
-    generator = getattr(batches, "generator", None)
-    return {"generator": generator.get_state()} if isinstance(generator, torch.Generator) else {}
+def _generators(batches: Any) -> list[torch.Generator]:
+    """A DataLoader's order may come from generators of its own or of its samplers."""
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    holders = (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = {id(each): each for each in (getattr(holder, "generator", None) for holder in holders)}
+    return [each for each in found.values() if isinstance(each, torch.Generator)]

@@ -17,6 +17,7 @@ from pqk_fast.allocator import recycle_large_tensors
 from pqk_fast.branches import branch, config_of, pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.config import PhaseConfig, Recipe
+from pqk_fast.dual_batch_norm import DualBatchNorm
 from pqk_fast.loop import Loop, Stage, StageResult
 from pqk_fast.masks import Pruner
 from pqk_fast.metrics import Forward
@@ -162,6 +163,10 @@ class Trainer:
                 kind = CapturedStep
             else:
                 warnings.warn(f"steps of {stage.name} are not captured: {reason}", stacklevel=4)
+        if stage.name == "finetune":
+            for module in stage.model.modules():
+                if isinstance(module, DualBatchNorm):
+                    module.freeze_teacher()  # the full net does not run, and ranks would wait for its gradient
         objective: Any = stage.objective
         if self.options.compile:
             objective = torch.compile(objective, fullgraph=True, dynamic=False)

@@ -140,6 +140,8 @@ def test_an_unfinished_run_goes_on_with_resume_and_is_not_started_over(speech, t
     capsys.readouterr()
     assert cli.main(resume) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert cli.main([*command, "--resume", "--set", "phase2.steps=5"]) == 1
+    assert "the finished run of another recipe: recipe.phase2.steps" in " ".join(capsys.readouterr().err.split())
 
 
 def test_resume_without_a_checkpoint_starts_and_says_so(speech, tmp_path, capsys):

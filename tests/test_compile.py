@@ -204,7 +204,7 @@ def test_the_compiler_sees_through_the_quantizer(stage: str, fused: bool) -> Non
         pqk.fuse(training.model)
     torch.compile(training.objective, fullgraph=True, backend=aot_autograd(fw_compiler=look))(*batch(shape)).backward()
     assert len(graphs) == 2
-    assert all("round" in graph for graph in graphs)
+    assert "round" in graphs[0]
     assert not any("pqk_fast" in graph for graph in graphs)
 
 

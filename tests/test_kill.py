@@ -85,10 +85,10 @@ def stopped_and_resumed(clips: Path, out: Path, point: int, number: int, seed: i
     time.sleep(wait.uniform(0, 0.2))
     process.send_signal(number)
     said, _ = process.communicate(timeout=300)
-    ended = process.returncode
-    if ended != 0:  # it was quicker than the signal else
-        assert ended == -number if number == signal.SIGKILL else ended == 128 + number, said
     saved = sum(stage["step"] for stage in load_checkpoint(out)["stages"].values())
+    # Between stages, and when all are done, nobody answers a SIGTERM, and it ends the process.
+    expected = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130,)}[number]
+    assert process.returncode in expected or (process.returncode == 0 and saved == TOTAL), said
     finish(start(clips, out, "--resume"))
     return saved, outcome(out)
 

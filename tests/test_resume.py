@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_run import batches, recipe
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from pqk_fast import PQKConfig
 from pqk_fast.callbacks import Callback
@@ -55,6 +55,9 @@ def data_of(kind):
     if kind == "own generator":
         generator = torch.Generator().manual_seed(3)
         return DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True, generator=generator)
+    if kind == "sampler's generator":
+        sampler = RandomSampler(range(len(y)), generator=torch.Generator().manual_seed(4))
+        return DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(sampler, 32, drop_last=True))
     if kind == "workers":
         return DataLoader(TensorDataset(x, y), batch_size=32, sampler=RandomSampler(range(len(y))), num_workers=1)
     raise ValueError(kind)
@@ -126,7 +129,7 @@ def whole(tmp_path, kind):
     return outcome(run)
 
 
-@pytest.mark.parametrize("kind", ["list", "loader", "own generator"])
+@pytest.mark.parametrize("kind", ["list", "loader", "own generator", "sampler's generator"])
 def test_a_run_killed_after_any_step_ends_in_the_same_bits(tmp_path, kind):
     """An error leaves what a SIGKILL would: the checkpoint of the last epoch."""
     expected = whole(tmp_path, kind)
@@ -140,6 +143,107 @@ def test_a_run_killed_after_any_step_ends_in_the_same_bits(tmp_path, kind):
             assert not torch.equal(again.model[0].weight, expected[0]["0.weight"])
         else:
             assert_same(outcome(again), expected)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_a_run_stopped_around_a_new_mask_goes_on(tmp_path, interval):
+    masks = PQKConfig(bits=4, sparsity=0.7, mask_interval=interval, scope="layer")
+    run = trainer(tmp_path / "whole", pqk=masks)
+    run.fit(data_of("loader"), batches(1))
+    for stop in (1, 3, 4, 5, 24, 25, 26):
+        out = tmp_path / f"stopped-{stop}"
+        with pytest.raises(Interrupted):
+            trainer(out, pqk=masks, callbacks=[StopAt(stop, signal.SIGTERM)]).fit(data_of("loader"), batches(1))
+        again = trainer(out, pqk=masks, resume=True, seed=stop)
+        again.fit(data_of("loader"), batches(1))
+        assert_same(outcome(again), outcome(run))
+
+
+def test_stages_that_take_turns_with_the_data_find_their_places_again(tmp_path):
+    def stages(run):
+        first, second = data_of("loader"), data_of("own generator")
+        run.phase1(first, batches(1))
+        run.copy().finetune(second, batches(1))
+        run.phase2(first, batches(1))
+
+    run = trainer(tmp_path / "whole")
+    stages(run)
+    for stop in (28, 45, 46, 60):
+        out = tmp_path / f"stopped-{stop}"
+        with pytest.raises(Interrupted):
+            stages(trainer(out, callbacks=[StopAt(stop, signal.SIGTERM)]))
+        again = trainer(out, resume=True, seed=stop)
+        stages(again)
+        assert_same(outcome(again), outcome(run))
+
+
+def test_a_stage_is_not_begun_twice():
+    run = trainer(None)
+    run.phase1(batches(0))
+    one, other = run.copy(), run.copy()
+    one.phase2(batches(0))
+    with pytest.raises(RuntimeError, match="phase2 was begun by this trainer, or a copy of it, before"):
+        other.phase2(batches(0))
+
+
+def test_a_signal_at_the_very_end_of_a_stage_is_not_lost(tmp_path):
+    class Late(Callback):
+        def on_stage_end(self, stage, seconds):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = trainer(tmp_path / "late", callbacks=[Late()])
+    with pytest.raises(Interrupted, match="at the end of a stage, which is saved") as caught:
+        run.fit(data_of("loader"), batches(1))
+    assert caught.value.signal is signal.SIGTERM
+    again = trainer(tmp_path / "late", resume=True, seed=2)
+    again.fit(data_of("loader"), batches(1))
+    assert_same(outcome(again), whole(tmp_path, "loader"))
+
+
+def test_a_launcher_that_passes_a_signal_on_does_not_cost_the_checkpoint(tmp_path):
+    class Twice(StopAt):
+        def on_step(self, stage, step):
+            super().on_step(stage, step)
+            super().on_step(stage, step)
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path, callbacks=[Twice(21, signal.SIGTERM), StopAt(11, signal.SIGTERM)]).fit(batches(0))
+    assert load_checkpoint(tmp_path)["position"]["step"] == 11
+
+
+def test_workers_that_a_signal_ends_first_do_not_cost_the_checkpoint(tmp_path):
+    class Dies(list):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if number == 4:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise RuntimeError("DataLoader worker exited unexpectedly")
+                yield batch
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path).fit(Dies(batches(0)), batches(1))
+    assert load_checkpoint(tmp_path)["position"]["step"] == 4
+    again = trainer(tmp_path, resume=True, seed=1)
+    again.fit(batches(0), batches(1))
+    assert_same(outcome(again), whole(tmp_path, "list"))
+
+
+def test_workers_that_outlive_a_pass_are_warned_of():
+    data = TensorDataset(*(torch.cat(part) for part in zip(*batches(0), strict=True)))
+    stream = Stream(DataLoader(data, batch_size=32, num_workers=1, persistent_workers=True))
+    next(stream)
+    with pytest.warns(UserWarning, match="persistent_workers"):
+        stream.load_state_dict(stream.state_dict())
+
+
+def test_the_only_checkpoint_is_never_removed_for_a_damaged_one(tmp_path):
+    files = Checkpoints(tmp_path, keep=1)
+    for step in (9, 18, 20):
+        files.save(step, {"step": step})
+    files.paths()[-1].write_bytes(b"torn")
+    Checkpoints(tmp_path, keep=1).save(19, {"step": 19})
+    assert [path.name for path in files.paths()] == ["step-000000019.pt"]
+    assert files.newest()["step"] == 19
 
 
 def test_worker_processes_do_not_change_that(tmp_path):

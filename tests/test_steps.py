@@ -19,21 +19,35 @@ CONFIG = PQKConfig(bits=4, sparsity=0.7, mask_interval=4, scope="layer")
 
 
 class RepeatedStep(CapturedStep):
-    """Captures as a CUDA graph does, but for that it runs: what is captured is done again at each replay.
+    """In the place of a CUDA graph: what is captured is done again at each replay, from the tensors of the capture.
 
-    A replay finds the tensors that it was captured with; everything that Python computes has been decided then.
+    What Python alone knows is frozen in a graph; :meth:`frozen` lists it.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.captured = []
 
+    def frozen(self):
+        """Numbers that a graph would keep, and addresses that it would read."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        numbers = [rate for rate in rates if not isinstance(rate, torch.Tensor)]
+        read = [*rates, *(pool.keep for pool in self.pruner._pools), *self.objective.parameters(), self._x, self._y]
+        read += [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        return numbers, [tensor.data_ptr() for tensor in read if isinstance(tensor, torch.Tensor)]
+
     def _aside(self, x, y, due):
         return Step.__call__(self, x, y, due)
 
     def _capture(self, work):
+        frozen = self.frozen()
+
+        def replay():
+            assert self.frozen() == frozen, "a graph would not see the change"
+            return work()
+
         self.captured.append(work)
-        return work
+        return replay
 
 
 def steps(kind, count, tensor_lr, config=CONFIG):
@@ -61,6 +75,8 @@ def test_a_captured_step_does_what_an_ordinary_one_does():
     torch.testing.assert_close(dict(captured.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
     assert len(step.captured) == 2, "one graph with a mask update, one without"
     assert not all(layer.weight_mask.all() for layer in pqk_layers(captured).values())
+    with pytest.raises(AssertionError, match="would not see the change"):
+        steps(RepeatedStep, 24, tensor_lr=False)
 
 
 def test_a_captured_step_reads_its_own_batch_and_refuses_another_shape():
@@ -134,8 +150,11 @@ def test_a_step_that_the_scaler_refuses_spoils_nothing():
 def test_compiled_phases_end_near_the_plain_ones():
     plain = Trainer(net(), recipe())
     compiled = Trainer(net(), recipe(), compile=True)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     for trainer in (plain, compiled):
         trainer.fit(batches(0), batches(1))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one compilation a phase"
     for name, result in compiled.results.items():
         for row, same in zip(result.rows, plain.results[name].rows, strict=True):
             assert row["loss"] == pytest.approx(same["loss"], abs=0.05)

@@ -14,7 +14,7 @@ from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import Checkpoints
 from pqk_fast.config import ConfigError, Recipe, to_dict
 from pqk_fast.data.load import Splits
-from pqk_fast.loop import StageResult
+from pqk_fast.loop import StageResult, copy_of_state
 from pqk_fast.metrics import accuracy, layer_statistics
 from pqk_fast.models import create_model
 from pqk_fast.ranks import Ranks
@@ -40,7 +40,7 @@ def _measure(result: StageResult, view: str, splits: Splits, ranks: Ranks) -> di
     if view not in result.best:
         return {"last": last, "best_dev": {"validation": None, "testing": None, "epoch": None}}
     row, state = result.best[view]
-    final = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    final = copy_of_state(model)
     model.load_state_dict(state)
     testing = accuracy(model, splits.testing, forward, ranks)
     best = {"validation": row[view], "testing": testing, "epoch": row["epoch"]}
