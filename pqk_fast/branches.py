@@ -261,8 +261,14 @@ def dual_forward(model: nn.Module, x: Any, mode: str = "auto") -> tuple[Any, Any
 
     Models that use activation checkpointing, which computes the forward again during backward, may do so.
 
-    Raises ValueError for another mode, an unprepared model, or phase 1.
+    Raises ValueError for another mode, an unprepared model, or phase 1; or for two passes through a
+    DistributedDataParallel that broadcasts buffers.
     """
     if choose_mode(model, x, mode) == "stacked":
         return _stacked(model, x)
+    if torch.is_grad_enabled() and getattr(model, "broadcast_buffers", False):
+        raise ValueError(
+            "DistributedDataParallel writes the masks anew before the second of two passes, and backward would refuse "
+            "them: wrap the model with broadcast_buffers=False, or use mode='stacked'"
+        )
     return _two_pass(model, x)

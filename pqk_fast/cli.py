@@ -27,16 +27,16 @@ from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names,
 from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
 from pqk_fast.data.spoken_words import write_spoken_words
 from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
-from pqk_fast.interrupts import Interrupted
-from pqk_fast.loop import TrainingDivergedError
-from pqk_fast.metrics import accuracy
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
-from pqk_fast.ranks import Ranks, RanksDifferError, join, leave
 from pqk_fast.record import environment, read_record
-from pqk_fast.run_state import first_difference
-from pqk_fast.steps import PRECISIONS
 from pqk_fast.tensorboard import TensorBoardCallback
+from pqk_fast.training.interrupts import Interrupted
+from pqk_fast.training.loop import TrainingDivergedError
+from pqk_fast.training.metrics import accuracy
+from pqk_fast.training.ranks import Ranks, RanksDifferError, join, leave
+from pqk_fast.training.run_state import first_difference
+from pqk_fast.training.steps import PRECISIONS
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 

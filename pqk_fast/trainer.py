@@ -18,15 +18,15 @@ from pqk_fast.branches import branch, config_of, pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.config import PhaseConfig, Recipe
 from pqk_fast.dual_batch_norm import DualBatchNorm
-from pqk_fast.loop import Loop, Stage, StageResult
 from pqk_fast.masks import Pruner
-from pqk_fast.metrics import Forward
-from pqk_fast.objectives import CrossEntropy, MutualDistillation
 from pqk_fast.prepare import param_groups, prepare, start_phase2
-from pqk_fast.ranks import Ranks
-from pqk_fast.run_state import Options, RunState
-from pqk_fast.steps import CapturedStep, Step, why_not_captured
-from pqk_fast.stream import Batches, Stream
+from pqk_fast.training.loop import Loop, Stage, StageResult
+from pqk_fast.training.metrics import Forward
+from pqk_fast.training.objectives import CrossEntropy, MutualDistillation
+from pqk_fast.training.ranks import Ranks
+from pqk_fast.training.run_state import Options, RunState
+from pqk_fast.training.steps import CapturedStep, Step, why_not_captured
+from pqk_fast.training.stream import Batches, Stream
 
 
 class Trainer:
@@ -38,7 +38,8 @@ class Trainer:
         device: where to train.
         out: a run folder. Its ``checkpoints`` hold, of every stage, the best networks and where training stands; they
             are written at every epoch's end, every ``checkpoint_seconds``, and when SIGINT (Ctrl-C) or SIGTERM stops
-            the run, which then raises :class:`pqk_fast.interrupts.Interrupted`. Without a folder nothing is written.
+            the run, which then raises :class:`~pqk_fast.training.interrupts.Interrupted`. Without a folder nothing is
+            written.
         callbacks: see :mod:`pqk_fast.callbacks`; called on rank 0.
         resume: go on from the folder's newest whole checkpoint. Call the same methods as before: stages that are
             finished are read, the one that was interrupted goes on. On the CPU, with as many threads, the run ends with
@@ -169,6 +170,7 @@ class Trainer:
                     module.freeze_teacher()  # the full net does not run, and ranks would wait for its gradient
         objective: Any = stage.objective
         if self.options.compile:
+            torch.compiler.reset()  # all objectives of a kind share one limit of compilations
             objective = torch.compile(objective, fullgraph=True, dynamic=False)
         objective = self.ranks.wrap(objective)
         return kind(objective, self._optimizer(stage), stage.pruner, self.options.precision, self.device)

@@ -21,7 +21,7 @@ from pqk_fast import batch_norm
 from pqk_fast.branches import choose_mode, pqk_layers
 from pqk_fast.config import Phase2Config
 from pqk_fast.models import create_model
-from pqk_fast.objectives import CrossEntropy, MutualDistillation
+from pqk_fast.training.objectives import CrossEntropy, MutualDistillation
 
 STAGES = ["phase 1", "two_pass", "stacked"]
 CLASSES = 10

@@ -171,6 +171,24 @@ def test_fifty_steps_through_both_phases_are_those_of_one_process(wrap: Callable
         assert tied >= 2
 
 
+def broadcasting() -> str:
+    """DistributedDataParallel as it is by default."""
+    model = nn.parallel.DistributedDataParallel(network())
+    for step in range(3):
+        model.module[0].weight_mask.view(-1)[step] = False
+    pqk.start_phase2(model.module)
+    try:
+        pqk.dual_forward(model, batch_of(dist.get_rank(), 0)[0], "two_pass")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_two_passes_through_a_wrapper_that_rewrites_the_masks_are_refused() -> None:
+    for message in on_ranks(broadcasting):
+        assert "wrap the model with broadcast_buffers=False" in message
+
+
 def fails(how: str) -> str:
     if how == "raise":
         raise ZeroDivisionError("on purpose")

@@ -18,11 +18,11 @@ from pqk_fast.checkpoint import CheckpointError, Checkpoints, load_checkpoint, s
 from pqk_fast.config import ConfigError, Phase2Config, PhaseConfig
 from pqk_fast.data.cifar import CifarSplit
 from pqk_fast.data.cifar_batches import CifarBatches
-from pqk_fast.interrupts import Interrupted
-from pqk_fast.loop import TrainingDivergedError
-from pqk_fast.random_state import random_state, set_random_state
-from pqk_fast.stream import Stream
 from pqk_fast.trainer import Trainer
+from pqk_fast.training.interrupts import Interrupted
+from pqk_fast.training.loop import TrainingDivergedError
+from pqk_fast.training.random_state import random_state, set_random_state
+from pqk_fast.training.stream import Stream
 
 SHORT = {
     "phase1": PhaseConfig(steps=25, epoch_steps=9, lr_drops=(15,)),

@@ -11,9 +11,9 @@ from torch import nn
 from pqk_fast import PQKConfig, Pruner, param_groups, prepare
 from pqk_fast.branches import pqk_layers
 from pqk_fast.config import Phase2Config
-from pqk_fast.objectives import CrossEntropy, MutualDistillation
-from pqk_fast.steps import WARM_UP, CapturedStep, Step, why_not_captured
 from pqk_fast.trainer import Trainer
+from pqk_fast.training.objectives import CrossEntropy, MutualDistillation
+from pqk_fast.training.steps import WARM_UP, CapturedStep, Step, why_not_captured
 
 CONFIG = PQKConfig(bits=4, sparsity=0.7, mask_interval=4, scope="layer")
 

@@ -16,8 +16,8 @@ from test_cli import SETTINGS, speech  # noqa: F401
 
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
-from pqk_fast.ranks import RanksDifferError
 from pqk_fast.trainer import Trainer
+from pqk_fast.training.ranks import RanksDifferError
 
 TRAIN = ["-m", "pqk_fast", "train", "--recipe", "kws-res8-narrow-w4-p90", "--device", "cpu"]
 

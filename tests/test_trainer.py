@@ -13,9 +13,9 @@ from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import load_checkpoint
 from pqk_fast.config import Phase2Config, PhaseConfig
-from pqk_fast.loop import TrainingDivergedError
-from pqk_fast.metrics import accuracy, layer_statistics
 from pqk_fast.trainer import Trainer
+from pqk_fast.training.loop import TrainingDivergedError
+from pqk_fast.training.metrics import accuracy, layer_statistics
 
 
 class Log(Callback):

@@ -14,12 +14,12 @@ from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import Checkpoints
 from pqk_fast.config import ConfigError, Recipe, to_dict
 from pqk_fast.data.load import Splits
-from pqk_fast.loop import StageResult, copy_of_state
-from pqk_fast.metrics import accuracy, layer_statistics
 from pqk_fast.models import create_model
-from pqk_fast.ranks import Ranks
 from pqk_fast.record import environment, write_record
 from pqk_fast.trainer import Trainer
+from pqk_fast.training.loop import StageResult, copy_of_state
+from pqk_fast.training.metrics import accuracy, layer_statistics
+from pqk_fast.training.ranks import Ranks
 
 # In this order: phase 2 and finetune start from copies of phase 1's network. The pairs see the same batches.
 STAGE_SEEDS = {"vanilla": 0, "phase1": 0, "finetune": 1, "phase2": 1}

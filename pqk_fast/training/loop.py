@@ -17,17 +17,17 @@ from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback, Row
 from pqk_fast.config import PhaseConfig
 from pqk_fast.guards import check_masks, find_problems
-from pqk_fast.interrupts import Interrupted, Interrupts
 from pqk_fast.masks import Pruner
-from pqk_fast.metrics import Forward, accuracy, first_nonfinite, layer_statistics
-from pqk_fast.objectives import MutualDistillation
 from pqk_fast.ops import NonFiniteWeightError
-from pqk_fast.random_state import random_state, set_random_state
-from pqk_fast.ranks import Ranks
-from pqk_fast.run_state import RunState
 from pqk_fast.schedule import learning_rate
-from pqk_fast.steps import Step
-from pqk_fast.stream import Batches, Stream
+from pqk_fast.training.interrupts import Interrupted, Interrupts
+from pqk_fast.training.metrics import Forward, accuracy, first_nonfinite, layer_statistics
+from pqk_fast.training.objectives import MutualDistillation
+from pqk_fast.training.random_state import random_state, set_random_state
+from pqk_fast.training.ranks import Ranks
+from pqk_fast.training.run_state import RunState
+from pqk_fast.training.steps import Step
+from pqk_fast.training.stream import Batches, Stream
 
 # Reading the loss makes the host wait for a GPU, so there it is looked at only every so often.
 GPU_CHECK_STEPS = 32

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pqk_fast.branches import pqk_layers
-from pqk_fast.ranks import Ranks
 from pqk_fast.reference import levels, scaled
-from pqk_fast.stream import Batches
+from pqk_fast.training.ranks import Ranks
+from pqk_fast.training.stream import Batches
 
 Forward = Callable[[Tensor], Tensor]
 

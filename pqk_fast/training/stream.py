@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk_fast.random_state import random_state, set_random_state
+from pqk_fast.training.random_state import random_state, set_random_state
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -12,8 +12,8 @@ import torch
 
 from pqk_fast.checkpoint import CheckpointError, Checkpoints
 from pqk_fast.config import ConfigError, Recipe, check_choice, to_dict
-from pqk_fast.ranks import Ranks
-from pqk_fast.steps import PRECISIONS
+from pqk_fast.training.ranks import Ranks
+from pqk_fast.training.steps import PRECISIONS
 
 
 @dataclass(frozen=True)
