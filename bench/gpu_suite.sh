@@ -48,9 +48,9 @@ export PYTHONPATH=$root PYTHONUNBUFFERED=1
 compgen -G 'pqk_fast/_C*.so' > /dev/null || export PQK_FAST_NATIVE=0
 
 # Seconds of the whole that a stage gets, as shares, in order of value. What a stage leaves goes to those after it.
-stages=(smoke tests dual_forward fake_quant topk_mask int4 step overhead paper)
+stages=(smoke tests dual_forward fake_quant topk_mask int4 step overhead paper captured)
 declare -A share=([smoke]=45 [tests]=125 [dual_forward]=105 [fake_quant]=85)
-share+=([topk_mask]=40 [int4]=30 [step]=50 [overhead]=60 [paper]=55)
+share+=([topk_mask]=40 [int4]=30 [step]=50 [overhead]=60 [paper]=50 [captured]=35)
 chosen=${PQK_FAST_SUITE_STAGES:-${stages[*]}}
 shares=0
 for name in $chosen; do
@@ -103,8 +103,8 @@ bench() {
 smoke='"$0" -m pqk_fast doctor && "$0" bench/smoke.py --device "$1"'
 # shellcheck disable=SC2016
 paper='data=${PQK_FAST_DATA:-}
-if [ ! -d "$data/yes" ]; then data=$2/words && "$0" bench/made_up_words.py "$data"; fi &&
-"$0" -m pqk_fast train --recipe demo --data "$data" --device "$1" --out "$2/paper" "${@:3}"'
+if [ ! -d "$data/yes" ]; then data=$2/words; [ -d "$data/yes" ] || "$0" bench/made_up_words.py "$data"; fi &&
+"$0" -m pqk_fast train --recipe demo --data "$data" --device "$1" --out "$2/$3" "${@:4}"'
 workers=()
 mapfile -t gpu_tests < <(grep -lE 'mark\.gpu|DEVICES|KERNEL_DEVICE' tests/test_*.py)
 
@@ -136,7 +136,8 @@ bench topk_mask "${quick[@]}"
 bench int4 "${quick[@]}"
 bench step "${steps[@]}"
 bench overhead "${parts[@]}"
-stage paper bash -c "$paper" "$python" "$device" "$work" "${short[@]}"
+stage paper bash -c "$paper" "$python" "$device" "$work" paper "${short[@]}"
+stage captured bash -c "$paper" "$python" "$device" "$work" captured --capture "${short[@]}"
 
 [ $dry = 0 ] || exit 0
 {
