@@ -23,12 +23,13 @@ from pqk_fast.allocator import recycle_large_tensors
 from pqk_fast.branches import branch
 from pqk_fast.callbacks import Callback, ProgressDisplay
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
-from pqk_fast.config import Recipe, load_recipe, recipe_from_dict, recipe_names, to_dict
+from pqk_fast.config import Recipe, recipe_from_dict, to_dict
 from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
 from pqk_fast.data.spoken_words import write_spoken_words
 from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
+from pqk_fast.recipe_files import load_recipe, recipe_names
 from pqk_fast.record import environment, read_record
 from pqk_fast.tensorboard import TensorBoardCallback
 from pqk_fast.training.interrupts import Interrupted

@@ -1,26 +1,22 @@
-"""Frozen settings and TOML recipes. Every invalid combination is refused here, with what was expected."""
+"""Frozen settings. Every invalid combination is refused here, with what was expected."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from pqk_fast.reference import STE_MODES, TEACHER_WEIGHTS
 
 STEP_INITS = ("mean", "lsq", "max", "mse")
-RECIPES = Path(str(resources.files("pqk_fast"))) / "recipes"
-STAGES = ("vanilla", "phase1", "phase2", "finetune")
+STEP_LR_RULES = ("flat", "lsq")
+STAGES = ("vanilla", "phase1", "phase2", "finetune", "distill")
 
 
 class ConfigError(ValueError):
@@ -41,6 +37,11 @@ def check_bits(bits: int) -> int:
     return bits
 
 
+def is_quantized(bits: int) -> bool:
+    """False for 32 bits: weights are pruned, but stay as they are otherwise."""
+    return bits != 32
+
+
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """``sparsity`` itself if it lies in [0, 1), else ConfigError."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
@@ -53,7 +54,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
+    """ConfigError with ``message`` unless ``ok``."""
     if not ok:
         raise ConfigError(message)
 
@@ -75,7 +77,7 @@ class PQKConfig:
     """How layers are pruned, quantized and taught. Defaults are the paper's, or our reading where it is silent.
 
     Attributes:
-        bits: weight bits k, 2..8; the grid is ``-Q..Q`` with ``Q = 2^(k-1) - 1``.
+        bits: weight bits k, 2..8; the grid is ``-Q..Q`` with ``Q = 2^(k-1) - 1``. 32 prunes alone: no quantization.
         sparsity: target fraction of pruned weights p_t, in [0, 1).
         scope: "global" ranks all layers together, "layer" gives every layer the same sparsity, "group" every
             ``group_size`` inputs of each (N:M sparsity: 0.5 in groups of 4 ends at 2:4).
@@ -110,29 +112,30 @@ class PQKConfig:
     teacher_bn: str = "fresh"
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
+        if self.bits != 32:
+            check_bits(self.bits)
         _check_types(self)
         check_sparsity(self.sparsity)
         check_sparsity(self.initial_sparsity, "initial_sparsity")
-        _require(
+        require(
             self.initial_sparsity <= self.sparsity,
             f"initial_sparsity must not be above sparsity {self.sparsity}, got {self.initial_sparsity}",
         )
         for name, value in self.layer_sparsity.items():
             check_sparsity(value, f"layer_sparsity[{name!r}]")
         for pattern in (*self.exclude, *self.layer_sparsity):
-            _require(isinstance(pattern, str), f"patterns are module names or 're:...', got {pattern!r}")
+            require(isinstance(pattern, str), f"patterns are module names or 're:...', got {pattern!r}")
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])
                 except re.error as error:
                     raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
         check_choice("scope", self.scope, ("global", "layer", "group"))
-        _require(2 <= self.group_size <= 16, f"group_size must lie in 2..16, got {self.group_size}")
+        require(2 <= self.group_size <= 16, f"group_size must lie in 2..16, got {self.group_size}")
         if self.scope == "group":
             for value in (self.sparsity, *self.layer_sparsity.values()):
                 whole = pruned_of_group(value, self.group_size)
-                _require(
+                require(
                     abs(value * self.group_size - whole) < 1e-6,
                     f"in groups of {self.group_size} sparsity is 1/{self.group_size} or a multiple of it, got {value}",
                 )
@@ -140,8 +143,8 @@ class PQKConfig:
         check_choice("ste", self.ste, STE_MODES)
         check_choice("teacher_weights", self.teacher_weights, TEACHER_WEIGHTS)
         check_choice("teacher_bn", self.teacher_bn, ("fresh", "copy"))
-        _require(self.mask_interval >= 1, f"mask_interval must be at least 1 step, got {self.mask_interval}")
-        _require(0 < self.mask_end <= 1, f"mask_end must lie in (0, 1], a part of phase 1; got {self.mask_end}")
+        require(self.mask_interval >= 1, f"mask_interval must be at least 1 step, got {self.mask_interval}")
+        require(0 < self.mask_end <= 1, f"mask_end must lie in (0, 1], a part of phase 1; got {self.mask_end}")
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         check_choice("data.name", self.name, ("speech_commands", "spoken_words", "cifar100"))
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
-        _require(self.classes >= 2, f"classes must be at least 2, got {self.classes}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        require(self.classes >= 2, f"classes must be at least 2, got {self.classes}")
         for name in ("unknown", "silence"):
-            _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
-        _require(0 <= self.validation < 1, f"data.validation must lie in [0, 1), got {self.validation}")
+            require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
+        require(0 <= self.validation < 1, f"data.validation must lie in [0, 1), got {self.validation}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,8 @@ class PhaseConfig:
 
     ``epoch_steps`` is what Eq. 1, the curves and the validation call an epoch. ``lr_schedule`` "drops" multiplies the
     rate by ``lr_gamma`` at each step of ``lr_drops``, "cosine" decays to 0, "constant" stays; ``step_lr_scale`` is the
-    step sizes' share of the rate.
+    step sizes' share of the rate, which ``step_lr_rule`` "lsq" divides by ``sqrt(N Q)`` for a step size of N weights
+    (with SGD this is LSQ's gradient scale; Esser et al., ICLR 2020) and "flat" leaves as it is.
     """
 
     steps: int = 9022
@@ -183,21 +187,23 @@ class PhaseConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-5
     step_lr_scale: float = 1e-4
+    step_lr_rule: str = "flat"
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        _require(self.epoch_steps >= 1, f"epoch_steps must be at least 1, got {self.epoch_steps}")
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        require(self.epoch_steps >= 1, f"epoch_steps must be at least 1, got {self.epoch_steps}")
+        require(self.lr > 0, f"lr must be positive, got {self.lr}")
         check_choice("lr_schedule", self.lr_schedule, ("drops", "cosine", "constant"))
-        _require(
+        require(
             list(self.lr_drops) == sorted(self.lr_drops) and all(drop >= 0 for drop in self.lr_drops),
             f"lr_drops must be rising step numbers, got {self.lr_drops}",
         )
-        _require(self.lr_gamma > 0, f"lr_gamma must be positive, got {self.lr_gamma}")
-        _require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
-        _require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
-        _require(self.step_lr_scale >= 0, f"step_lr_scale must not be negative, got {self.step_lr_scale}")
+        require(self.lr_gamma > 0, f"lr_gamma must be positive, got {self.lr_gamma}")
+        require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
+        require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+        require(self.step_lr_scale >= 0, f"step_lr_scale must not be negative, got {self.step_lr_scale}")
+        check_choice("step_lr_rule", self.step_lr_rule, STEP_LR_RULES)
 
 
 @dataclass(frozen=True)
@@ -214,12 +220,12 @@ class Phase2Config(PhaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             0 <= self.distill_start < self.steps,
             f"distill_start must be a step of phase 2, 0..{self.steps - 1}, got {self.distill_start}",
         )
-        _require(self.alpha >= 0 and self.beta >= 0, f"alpha and beta must be >= 0, got {self.alpha}, {self.beta}")
-        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        require(self.alpha >= 0 and self.beta >= 0, f"alpha and beta must be >= 0, got {self.alpha}, {self.beta}")
+        require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         check_choice("forward", self.forward, ("auto", "two_pass", "stacked"))
 
 
@@ -231,39 +237,72 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.lr > 0, f"finetune.lr must be positive, got {self.lr}")
+        require(self.lr > 0, f"finetune.lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The baseline with a teacher of its own, the vanilla network: phase 2's schedule, alpha, beta and temperature.
+
+    Distillation starts at the first step. For ``co_study`` steps the teacher learns too, from the student (QKD's
+    co-studying; Kim et al. 2019); then, or from the beginning if it is 0, the teacher is frozen.
+    """
+
+    co_study: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        require(self.co_study >= 0, f"distill.co_study must be a number of steps, 0 or more, got {self.co_study}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, whole: what a recipe file says."""
+    """One run, whole: what a recipe file says.
+
+    ``phase1_start`` "vanilla" starts phase 1 from the trained vanilla network instead of from scratch; ``vanilla`` is
+    that network's own schedule, by default phase 1's.
+    """
 
     name: str
     model: str
     description: str = ""
     seed: int = 0
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = ("vanilla", "phase1", "phase2", "finetune")
+    phase1_start: str = "scratch"
     data: DataConfig = field(default_factory=DataConfig)
     pqk: PQKConfig = field(default_factory=PQKConfig)
+    vanilla: PhaseConfig | None = None
     phase1: PhaseConfig = field(default_factory=PhaseConfig)
     phase2: Phase2Config = field(default_factory=Phase2Config)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         for stage in self.stages:
             check_choice("stages", stage, STAGES)
-        _require(len(self.stages) > 0, "stages must name at least one of " + ", ".join(STAGES))
-        _require(len(set(self.stages)) == len(self.stages), f"stages names one twice: {list(self.stages)}")
-        later = [stage for stage in ("phase2", "finetune") if stage in self.stages]
-        _require(
+        require(len(self.stages) > 0, "stages must name at least one of " + ", ".join(STAGES))
+        require(len(set(self.stages)) == len(self.stages), f"stages names one twice: {list(self.stages)}")
+        check_choice("phase1_start", self.phase1_start, ("scratch", "vanilla"))
+        later = [stage for stage in ("phase2", "finetune", "distill") if stage in self.stages]
+        for needs, what in ((self.phase1_start == "vanilla", "phase1_start"), ("distill" in self.stages, "distill")):
+            require(
+                not needs or "vanilla" in self.stages,
+                f"stages: {what} needs the vanilla network: add 'vanilla' to {list(self.stages)}",
+            )
+        require(
+            "distill" not in self.stages or self.distill.co_study < self.phase2.steps,
+            f"distill.co_study must leave steps for the frozen teacher, at most {self.phase2.steps - 1}, got "
+            f"{self.distill.co_study}",
+        )
+        require(
             not later or "phase1" in self.stages,
             f"stages: {' and '.join(later)} need phase1's network: add 'phase1' to {list(self.stages)}",
         )
-        _require(
+        require(
             not later or self.pqk.sparsity > 0,
             f"stages: {' and '.join(later)} need pruned weights, but pqk.sparsity is 0",
         )
-        _require(
+        require(
             "phase1" not in self.stages or self.phase1.steps > self.pqk.mask_interval,
             f"phase1.steps = {self.phase1.steps} leaves no time to prune: a mask is made every pqk.mask_interval = "
             f"{self.pqk.mask_interval} steps",
@@ -279,24 +318,26 @@ def to_dict(recipe: Any) -> dict[str, Any]:
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """``value`` from TOML as the type that the field declares; ConfigError if it is another."""
     if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        _require(isinstance(value, Mapping), f"{where} must be a table ([{where}]), got {value!r}")
+        require(isinstance(value, Mapping), f"{where} must be a table ([{where}]), got {value!r}")
         return _build(kind, value, where + ".")
     origin = typing.get_origin(kind)
     if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
+        require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
         return tuple(_convert(v, typing.get_args(kind)[0], where) for v in value)
     if origin is not None:
-        _require(isinstance(value, Mapping), f"{where} must be a table, got {value!r}")
+        require(isinstance(value, Mapping), f"{where} must be a table, got {value!r}")
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _require(
+    require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})",
     )
-    _require(kind is not float or math.isfinite(value), f"{where} must be finite, got {value!r}")
+    require(kind is not float or math.isfinite(value), f"{where} must be finite, got {value!r}")
     return value
 
 
@@ -309,73 +350,13 @@ def _check_types(config: Any) -> None:
 def _build(cls: Callable[..., Any], values: Mapping[str, Any], where: str = "") -> Any:
     kinds = typing.get_type_hints(cls)
     for key in values:
-        _require(key in kinds, f"unknown key {where + key!r}{nearest(key, kinds, where)}")
+        require(key in kinds, f"unknown key {where + key!r}{nearest(key, kinds, where)}")
     return cls(**{key: _convert(value, kinds[key], where + key) for key, value in values.items()})
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = _merge(out[key], value) if both else value
-    return out
-
-
-def _assignments(pairs: Iterable[str]) -> dict[str, Any]:
-    """``["pqk.bits=8", "seed=1"]`` as nested dicts; values are Python literals, anything else is a string."""
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        _require(bool(equals and key.strip()), f"expected KEY=VALUE such as pqk.bits=8, got {pair!r}")
-        try:
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(text.strip(), text.strip()))
-        except (ValueError, SyntaxError, TypeError):
-            value = text.strip()
-        for part in reversed(key.strip().split(".")):
-            value = {part: value}
-        out = _merge(out, value)
-    return out
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the library."""
-    return sorted(f.stem for f in RECIPES.glob("*.toml") if not f.name.startswith("_"))
-
-
-def _read_toml(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One recipe file, laid over the one that its ``extends`` names (beside it, or the library's)."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name} is not valid TOML: {error}") from None
-    parent = values.pop("extends", None)
-    if parent is None:
-        return values
-    _require(parent not in seen, f"{path.name}: 'extends' goes round in a circle: {' -> '.join((*seen, parent))}")
-    source = next((f for f in (path.parent / f"{parent}.toml", RECIPES / f"{parent}.toml") if f.is_file()), None)
-    if source is None:
-        raise ConfigError(f"{path.name} extends {parent!r}, but there is no {parent}.toml beside it or in the library")
-    return _merge(_read_toml(source, (*seen, parent)), values)
-
-
-def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe by name or TOML file, with ``KEY=VALUE`` overrides (``pqk.bits=8``).
-
-    Raises ConfigError for an unknown name or key (with the nearest one) and for any setting that cannot be.
-    """
-    path = Path(source)
-    if not (path.suffix == ".toml" and path.is_file()):
-        if path.suffix == ".toml":
-            raise ConfigError(f"no recipe file {path}; `pqk-fast recipes` lists the named ones")
-        if str(source) not in recipe_names():
-            raise ConfigError(f"no recipe named {str(source)!r}{nearest(str(source), recipe_names())}")
-        path = RECIPES / f"{source}.toml"
-    return recipe_from_dict(_merge(_read_toml(path), _assignments(overrides)), path.name)
 
 
 def recipe_from_dict(values: Mapping[str, Any], source: str = "a recipe") -> Recipe:
     """The inverse of :func:`to_dict` (tuples may have become lists); ``source`` is what errors call it."""
     missing = [key for key in ("name", "model") if key not in values]
-    _require(not missing, f"{source} must set {' and '.join(missing)}")
+    require(not missing, f"{source} must set {' and '.join(missing)}")
     recipe: Recipe = _build(Recipe, values)
     return recipe

@@ -9,6 +9,7 @@ from torch import nn
 
 from pqk_fast import ops
 from pqk_fast.branches import require_prepared
+from pqk_fast.config import is_quantized
 from pqk_fast.layers import PQKLayer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,7 +29,7 @@ class _Feed:
             return
         groups: dict[Any, list[Any]] = {}
         for layer in self.layers:
-            if layer.branch == "student":
+            if layer.branch == "student" and is_quantized(layer.bits):
                 *arguments, ste, hard = layer.student_arguments()
                 kind = (layer.weight.dtype, layer.weight.device, ste, hard)
                 groups.setdefault(kind, []).append((layer, *arguments))

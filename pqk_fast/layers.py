@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk_fast import ops, sharding
-from pqk_fast.config import PQKConfig
+from pqk_fast.config import PQKConfig, is_quantized
 from pqk_fast.step_size import initial_step
 from pqk_fast.two_phase import TwoPhase, plain_copy, take_over, within_backward
 
@@ -56,12 +56,17 @@ class PQKLayer(TwoPhase):
 
     def _attach(self, config: PQKConfig) -> None:
         mask = torch.ones_like(self.weight, dtype=torch.bool)
-        step = initial_step(self.weight, mask, config.bits, config.step_init, config.per_channel)
         self.register_buffer("weight_mask", mask)
-        self.weight_step = nn.Parameter(step)
         self.config = config
+        self.weight_step = nn.Parameter(self._first_step(self.weight, mask))
         self.ran, self.fused, self.fed = False, False, None
         self._start()
+
+    def _first_step(self, weight: Tensor, mask: Tensor) -> Tensor:
+        config = self.config
+        if not is_quantized(config.bits):
+            return torch.ones(1, device=weight.device)
+        return initial_step(weight, mask, config.bits, config.step_init, config.per_channel)
 
     @property
     def bits(self) -> int:
@@ -70,7 +75,7 @@ class PQKLayer(TwoPhase):
     def set_phase(self, phase: int) -> None:
         """Phase 2 freezes the step size; the mask is the Pruner's, which refuses phase 2."""
         super().set_phase(phase)
-        self.weight_step.requires_grad_(phase == 1)
+        self.weight_step.requires_grad_(phase == 1 and is_quantized(self.bits))
         self.weight_step.grad = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -95,9 +100,8 @@ class PQKLayer(TwoPhase):
             if not weight.is_meta and not weight.isfinite().all():
                 yield "weight holds NaN or infinity, from which no step size can be set: load a good checkpoint"
             mask = torch.ones_like(weight, dtype=torch.bool)
-            config = self.config
             entries["weight_mask"] = mask
-            entries["weight_step"] = initial_step(weight, mask, config.bits, config.step_init, config.per_channel)
+            entries["weight_step"] = self._first_step(weight, mask)
         yield from super()._read_float(entries, metadata)
 
     def _read_prepared(self, entries: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[str]:
@@ -177,7 +181,8 @@ class PQKLayer(TwoPhase):
 
     def student_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """``wbar``: masked, fake-quantized. In phase 2 its gradient reaches kept weights only and S is a constant."""
-        return ops.fake_quant(*self.student_arguments(), dtype)
+        weight, mask, _, bits, _, hard = arguments = self.student_arguments()
+        return ops.fake_quant(*arguments, dtype) if is_quantized(bits) else ops.prune(weight, mask, hard, dtype)
 
     def student_arguments(self) -> tuple[Tensor, Tensor, Tensor, int, str, bool]:
         """What :func:`pqk_fast.ops.fake_quant` takes for the student's weight: weight, mask, step, bits, ste, hard."""
@@ -202,7 +207,7 @@ class PQKLayer(TwoPhase):
 
     def full_weight(self) -> Tensor:
         """The teacher's weight: latent, or with its kept part quantized; its gradient reaches pruned weights only."""
-        how = self.config.teacher_weights
+        how = self.config.teacher_weights if is_quantized(self.bits) else "latent"  # kept weights are the same in both
         return ops.teacher_weight(self.weight, self.weight_mask, self.weight_step, self.bits, how)
 
     def _begin_forward(self) -> str:
@@ -228,6 +233,15 @@ class PQKLayer(TwoPhase):
         # Biases follow the student's loss alone.
         return self.full_weight(), None if self.bias is None else self.bias.detach()
 
+    def _by_halves(self, x: Tensor) -> Tensor:
+        """The stacked branch where the fused operations, which quantize, are no help."""
+        halves = zip(x.chunk(2), ("student", "teacher"), strict=True)
+        return torch.cat([self._layer(half, *self._weight_and_bias(branch)) for half, branch in halves])
+
+    def _layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The float layer, with this weight and bias."""
+        raise NotImplementedError
+
     def _dual_arguments(self) -> tuple[Any, ...]:
         return self.weight, self.weight_mask, self.weight_step, self.bits, self.bias
 
@@ -246,9 +260,14 @@ class PQKLinear(PQKLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self._begin_forward()
-        if branch == "stacked":
-            return ops.dual_linear(x, *self._dual_arguments(), **self._dual_options())
-        return F.linear(x, *self._weight_and_bias(branch))
+        if branch != "stacked":
+            return self._layer(x, *self._weight_and_bias(branch))
+        if not is_quantized(self.bits):
+            return self._by_halves(x)
+        return ops.dual_linear(x, *self._dual_arguments(), **self._dual_options())
+
+    def _layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class PQKConv2d(PQKLayer, nn.Conv2d):
@@ -259,13 +278,18 @@ class PQKConv2d(PQKLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         branch = self._begin_forward()
         if branch != "stacked":
-            return self._conv_forward(x, *self._weight_and_bias(branch))
+            return self._layer(x, *self._weight_and_bias(branch))
+        if not is_quantized(self.bits):
+            return self._by_halves(x)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         shape: Any = (self.stride, padding, self.dilation, self.groups)
         return ops.dual_conv2d(x, *self._dual_arguments(), *shape, **self._dual_options())
+
+    def _layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 class PQKConv1d(PQKLayer, nn.Conv1d):
@@ -276,7 +300,9 @@ class PQKConv1d(PQKLayer, nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         branch = self._begin_forward()
         if branch != "stacked":
-            return self._conv_forward(x, *self._weight_and_bias(branch))
+            return self._layer(x, *self._weight_and_bias(branch))
+        if not is_quantized(self.bits):
+            return self._by_halves(x)
         padding: Any = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -286,6 +312,9 @@ class PQKConv1d(PQKLayer, nn.Conv1d):
         shape: Any = ((1, self.stride[0]), padding, (1, self.dilation[0]), self.groups)
         flat = (weight.unsqueeze(2), mask.unsqueeze(2), step, bits, bias)
         return ops.dual_conv2d(x.unsqueeze(2), *flat, *shape, **self._dual_options()).squeeze(2)
+
+    def _layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 PQK_LAYERS: tuple[type[PQKLayer], ...] = (PQKLinear, PQKConv1d, PQKConv2d)

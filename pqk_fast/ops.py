@@ -50,6 +50,7 @@ __all__ = [
     "pack_bits",
     "pack_int4",
     "pack_ints",
+    "prune",
     "teacher_weight",
     "tie_counts",
     "topk_mask",
@@ -114,6 +115,19 @@ def fake_quant(
     _check_quantizer(weight, mask, step, bits, ste)
     out: Tensor = apply(FakeQuant, weight, mask, step, bits, ste, mask_gradients, output_dtype(weight, dtype))
     return out
+
+
+def prune(weight: Tensor, mask: Tensor, mask_gradients: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """``w M`` alone, for networks that are pruned and not quantized; shapes and gradients as in :func:`fake_quant`.
+
+    Raises ValueError for a mask of wrong shape or dtype.
+    """
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ValueError(f"mask must be bool of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    pruned = torch.where(mask, weight, 0.0)
+    if not mask_gradients:
+        pruned = weight + (pruned - weight).detach()  # w, or w - w, exactly
+    return pruned.to(output_dtype(weight, dtype))
 
 
 def fake_quant_all(

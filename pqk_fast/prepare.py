@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -12,10 +13,11 @@ from torch import nn
 
 from pqk_fast import sharding
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
-from pqk_fast.config import ConfigError, PQKConfig, check_choice, matches, nearest
+from pqk_fast.config import STEP_LR_RULES, ConfigError, PQKConfig, check_choice, matches, nearest
 from pqk_fast.dual_batch_norm import BATCH_NORMS, DualBatchNorm, DualSyncBatchNorm
 from pqk_fast.fusion import unfuse
 from pqk_fast.layers import PQK_LAYERS, PQKLayer
+from pqk_fast.reference import levels
 from pqk_fast.two_phase import TwoPhase
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -219,9 +221,13 @@ def convert(model: Model, branch: str = "student") -> Model:
 
 
 def param_groups(
-    model: nn.Module, lr: float, step_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float,
+    step_lr: float | None = None,
+    weight_decay: float = 0.0,
+    step_lr_rule: str = "flat",
 ) -> list[dict[str, Any]]:
-    """Two groups for any torch optimizer: the weights, and the step sizes at their own rate without weight decay.
+    """Groups for any torch optimizer: the weights, and the step sizes at their own rate without weight decay.
 
     ``step_lr`` defaults to ``1e-4 * lr`` (Eq. 7), which is meant for SGD. Adam divides by the gradient's size, so give
     it a ``step_lr`` of its own, such as ``1e-2 * lr``. Schedulers must scale the groups, not set one rate for all
@@ -229,16 +235,26 @@ def param_groups(
     lr``) for loops that set ``group["lr"]`` themselves. Parameters that do not learn now (frozen steps, the full net's
     BatchNorm in phase 1) are left out, so make the optimizer anew after :func:`start_phase2`.
 
-    Raises ValueError for an unprepared model or an ``lr`` that is not positive.
+    ``step_lr_rule="lsq"`` divides each step size's rate by ``sqrt(N Q)``, N the number of weights that it quantizes: a
+    group for each layer. With SGD that is LSQ's gradient scale (Esser et al., ICLR 2020); give it ``step_lr=lr``.
+
+    Raises ValueError for an unprepared model, an ``lr`` that is not positive, or an unknown rule.
     """
     layers = require_prepared(model)
+    check_choice("step_lr_rule", step_lr_rule, STEP_LR_RULES)
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
-    steps = {layer.weight_step for layer in layers.values()}
+    scales: dict[Any, float] = {}  # of each step size
+    for layer in layers.values():
+        scale = 1e-4 if step_lr is None else step_lr / lr
+        if step_lr_rule == "lsq":
+            weights = layer.weight.numel() / layer.weight_step.numel()
+            scale /= math.sqrt(max(weights, 1.0) * levels(layer.bits))
+        scales.setdefault(layer.weight_step, scale)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scale = 1e-4 if step_lr is None else step_lr / lr
-    groups = [
-        {"params": [p for p in learning if p not in steps], "lr": lr, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": [p for p in learning if p in steps], "lr": lr * scale, "weight_decay": 0.0, "lr_scale": scale},
-    ]
+    others = [p for p in learning if p not in scales]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": lr, "weight_decay": weight_decay, "lr_scale": 1.0}]
+    for scale in dict.fromkeys(scales.values()):
+        same = [p for p in learning if scales.get(p) == scale]
+        groups.append({"params": same, "lr": lr * scale, "weight_decay": 0.0, "lr_scale": scale})
     return [group for group in groups if group["params"]]

@@ -6,17 +6,19 @@ A record is a dictionary:
 {"format": "pqk_fast record", "version": 1, "created": ISO time, "recipe": {...},
  "options": {"precision", "compile", "capture", "sync_batch_norm", "world"},
  "versions": {...}, "hardware": {...}, "device": "cpu", "seed": int,
- "data": {"name": str, "train": n, "validation": n, "testing": n},
+ "data": {"name": str, "train": n, "validation": n, "testing": n, "fingerprint": str, "classes": [str, ...]},
  "curves": {STAGE: [{"epoch", "step", "loss", "lr", "sparsity", "validation", "validation_f", "seconds",
                      "kept", "step_size", "clipped_fraction"}, ...]},
- "results": {RESULT: {"last": {"validation", "testing"}, "best_dev": {"validation", "testing", "epoch"}}},
+ "results": {RESULT: {"last": {"validation", "testing"}, "best_dev": {"validation", "testing", "epoch"},
+                      "confusion": [[n, ...], ...]}},
  "kept_fraction": float, "layers": [{"name", "shape", "weights", "kept", "step_size", "clipped_fraction"}, ...],
  "seconds": {STAGE: seconds}}
 ```
 
 Accuracies are in percent, None where there is no such data. `STAGES` and `RESULTS` list the names; a stage that did not
 run is absent. `validation_f` is there in phase 2 only: the full net's accuracy beside the student's. A row's `kept`,
-`step_size` and `clipped_fraction` are lists, a value a layer in the order of `layers`.
+`step_size` and `clipped_fraction` are lists, a value a layer in the order of `layers`. `confusion` counts, after the
+last epoch and on the testing split, how often each label (a row) was taken for each class; with few classes only.
 """
 
 import json
@@ -37,9 +39,9 @@ __all__ = ["FORMAT", "RESULTS", "STAGES", "VERSION", "check_record", "environmen
 
 FORMAT = "pqk_fast record"
 VERSION = 1
-STAGES = ("vanilla", "phase1", "phase2", "finetune")
+STAGES = ("vanilla", "phase1", "phase2", "finetune", "distill")
 """Names of the curves, in the order in which the stages run."""
-RESULTS = ("vanilla", "phase1_p", "finetune", "phase2_p", "phase2_f")
+RESULTS = ("vanilla", "phase1_p", "finetune", "distill", "phase2_p", "phase2_f")
 """Names of the results, in the order of the paper's tables: `_p` is the pruned student, `_f` the full net."""
 
 REQUIRED: dict[str, Any] = {

@@ -21,10 +21,11 @@ LABELS = {
     "vanilla": "vanilla",
     "phase1_p": "phase1-P",
     "finetune": "finetune",
+    "distill": "separate teacher",
     "phase2_p": "phase2-P",
     "phase2_f": "phase2-F",
 }
-STUDENTS = ("phase1_p", "finetune", "phase2_p")  # the pruned, quantized ones: the best of them is bold
+STUDENTS = ("phase1_p", "finetune", "distill", "phase2_p")  # the pruned, quantized ones: the best of them is bold
 
 # Okabe and Ito's colours, told apart with any colour vision
 BLACK, BLUE, GREEN, VERMILION, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#6E6E6E"

@@ -22,7 +22,7 @@ from pqk_fast.masks import Pruner
 from pqk_fast.prepare import param_groups, prepare, start_phase2
 from pqk_fast.training.loop import Loop, Stage, StageResult
 from pqk_fast.training.metrics import Forward
-from pqk_fast.training.objectives import CrossEntropy, MutualDistillation
+from pqk_fast.training.objectives import CrossEntropy, MutualDistillation, SeparateTeacher
 from pqk_fast.training.ranks import Ranks
 from pqk_fast.training.run_state import Options, RunState
 from pqk_fast.training.steps import CapturedStep, Step, why_not_captured
@@ -103,11 +103,11 @@ class Trainer:
         return self.results
 
     def vanilla(self, train: Batches, val: Batches | None = None) -> StageResult:
-        """Plain fp32 training with phase 1's schedule."""
-        return self._run(self._plain("vanilla", self.recipe.phase1), train, val)
+        """Plain fp32 training, with phase 1's schedule unless the recipe gives it another."""
+        return self._run(self._plain("vanilla", self.recipe.vanilla or self.recipe.phase1), train, val)
 
     def phase1(self, train: Batches, val: Batches | None = None) -> StageResult:
-        """Iterative pruning and quantization-aware training from scratch (Eqs 1-7)."""
+        """Iterative pruning and quantization-aware training (Eqs 1-7), of the model as it is."""
         phase = self.recipe.phase1
         if not pqk_layers(self.model):
             self.model = prepare(self.model, self.recipe.pqk)
@@ -129,6 +129,20 @@ class Trainer:
         phase = replace(self.recipe.phase2, lr=self.recipe.finetune.lr)
         return self._run(self._plain("finetune", phase), train, val)
 
+    def distill(self, train: Batches, val: Batches | None, teacher: nn.Module) -> StageResult:
+        """The baseline to phase 2 with a ``teacher`` of its own, a float model, which is trained no further.
+
+        Masks and step sizes, schedule, alpha, beta and temperature are phase 2's; ``recipe.distill`` says whether a
+        copy of the teacher learns for a while. Raises ValueError if it does with many ranks, or captured.
+        """
+        phase, co_study = self.recipe.phase2, self.recipe.distill.co_study
+        if co_study and (self.ranks.world > 1 or self.options.capture):
+            raise ValueError("distill.co_study, a teacher that learns for a while, is for one process, not captured")
+        model = start_phase2(self.model)
+        teacher = copy.deepcopy(teacher).requires_grad_(co_study > 0)
+        objective = SeparateTeacher(model, teacher, phase, co_study).to(self.device)
+        return self._run(replace(self._plain("distill", phase), objective=objective), train, val)
+
     def copy(self) -> Trainer:
         """A trainer that goes on from here with a model of its own (and writes to the same checkpoints)."""
         twin = copy.copy(self)
@@ -141,10 +155,14 @@ class Trainer:
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
         phase = stage.phase
         if pqk_layers(stage.model):
-            groups = param_groups(stage.model, phase.lr, phase.step_lr_scale * phase.lr, phase.weight_decay)
+            groups = param_groups(
+                stage.model, phase.lr, phase.step_lr_scale * phase.lr, phase.weight_decay, phase.step_lr_rule
+            )
         else:
             weights = list(stage.model.parameters())
             groups = [{"params": weights, "lr": phase.lr, "weight_decay": phase.weight_decay, "lr_scale": 1.0}]
+        if further := stage.objective.further_parameters():
+            groups[0]["params"] = [*groups[0]["params"], *further]
         if self.options.capture:
             groups = [{**group, "lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
         # The fused one takes a third of the time on the CPU, and a rate that is a tensor.
@@ -164,7 +182,7 @@ class Trainer:
                 kind = CapturedStep
             else:
                 warnings.warn(f"steps of {stage.name} are not captured: {reason}", stacklevel=4)
-        if stage.name == "finetune":
+        if stage.name in ("finetune", "distill"):
             for module in stage.model.modules():
                 if isinstance(module, DualBatchNorm):
                     module.freeze_teacher()  # the full net does not run, and ranks would wait for its gradient

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pqk_fast.config import load_recipe
 from pqk_fast.data import load
 from pqk_fast.data.batches import Batch, DeviceBatches, pass_generator
 from pqk_fast.data.cifar import Cifar, CifarSplit
 from pqk_fast.data.cifar_batches import CifarBatches
 from pqk_fast.data.speech_batches import SpeechBatches
 from pqk_fast.data.speech_commands import CLIP_SAMPLES, Noise, SpeechCommands, SpeechSet
+from pqk_fast.recipe_files import load_recipe
 
 KINDS = pytest.mark.parametrize("kind", [SpeechBatches, CifarBatches])
 MODES = pytest.mark.parametrize("train", [True, False], ids=["train", "evaluation"])

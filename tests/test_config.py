@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pqk_fast.config import (
-    RECIPES,
     STAGES,
     ConfigError,
     DataConfig,
@@ -19,13 +18,12 @@ from pqk_fast.config import (
     Recipe,
     check_bits,
     check_sparsity,
-    load_recipe,
     matches,
     nearest,
     recipe_from_dict,
-    recipe_names,
     to_dict,
 )
+from pqk_fast.recipe_files import RECIPES, load_recipe, recipe_names
 
 NAN, INF = math.nan, math.inf
 

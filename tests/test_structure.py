@@ -24,6 +24,7 @@ ORDER = (
     "gpu",
     "native",
     "config",
+    "recipe_files",
     "schedule",
     "dispatch",
     "autograd",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -25,14 +26,28 @@ class Splits:
     """Batches of the three splits, of one rank; ``sizes`` are those of all ranks together.
 
     ``train(seed)`` starts a stream of its own, and raises ValueError for a batch size that the ranks cannot share
-    evenly or that is larger than the split. ``validation`` may be None.
+    evenly or that is larger than the split. ``validation`` may be None. ``names`` are those of the classes, in the
+    order of the labels; ``fingerprint`` is the same for the same data only, order included.
     """
 
     train: Callable[[int], Batches]
     validation: Batches | None
     testing: Batches
     sizes: dict[str, int]
-    classes: int
+    names: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
+
+
+def _fingerprint(*tensors: Tensor) -> str:
+    """16 hexadecimal digits of a hash of all bytes (a quarter of a second for 200 MB)."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def speech_splits(
@@ -48,7 +63,11 @@ def speech_splits(
         validation=make(data.validation, train=False),
         testing=make(data.testing, train=False),
         sizes={split: len(getattr(data, split)) for split in SPLITS},
-        classes=len(LABELS),
+        names=LABELS,
+        fingerprint=_fingerprint(
+            *(part for split in (data.train, data.validation, data.testing) for part in (split.clips, split.labels)),
+            *(() if data.noise is None else (data.noise.samples,)),
+        ),
     )
 
 
@@ -89,7 +108,14 @@ def load_splits(
             validation=make(images.validation, train=False) if len(images.validation) else None,
             testing=make(images.testing, train=False),
             sizes={split: len(getattr(images, split)) for split in SPLITS},
-            classes=len(images.classes),
+            names=images.classes,
+            fingerprint=_fingerprint(
+                *(
+                    p
+                    for split in (images.train, images.validation, images.testing)
+                    for p in (split.images, split.labels)
+                )
+            ),
         )
     speech = load_speech_commands(
         root, unknown_fraction=config.unknown, silence_fraction=config.silence, download=download

@@ -1,28 +1,29 @@
-"""Run a recipe's stages and write its record: vanilla, phase 1, then phase 2 and finetune from the same phase 1."""
+"""Run a recipe's stages and write its record: vanilla and phase 1, then what starts from the same phase 1."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import Checkpoints
 from pqk_fast.config import ConfigError, Recipe, to_dict
 from pqk_fast.data.load import Splits
+from pqk_fast.experiments.tasks import STAGE_SEEDS
 from pqk_fast.models import create_model
 from pqk_fast.record import environment, write_record
 from pqk_fast.trainer import Trainer
 from pqk_fast.training.loop import StageResult, copy_of_state
-from pqk_fast.training.metrics import accuracy, layer_statistics
+from pqk_fast.training.metrics import accuracy, confusion, layer_statistics
 from pqk_fast.training.ranks import Ranks
 
-# In this order: phase 2 and finetune start from copies of phase 1's network. The pairs see the same batches.
-STAGE_SEEDS = {"vanilla": 0, "phase1": 0, "finetune": 1, "phase2": 1}
 # (stage, view of it) -> its name in the record and in the paper's tables
 RESULT_NAMES = {
     ("vanilla", "validation"): "vanilla",
@@ -30,22 +31,28 @@ RESULT_NAMES = {
     ("phase2", "validation"): "phase2_p",
     ("phase2", "validation_f"): "phase2_f",
     ("finetune", "validation"): "finetune",
+    ("distill", "validation"): "distill",
 }
+MOST_CLASSES = 40  # of a confusion matrix in a record
 
 
 def _measure(result: StageResult, view: str, splits: Splits, ranks: Ranks) -> dict[str, Any]:
     """Accuracy of the last epoch and of the best one by validation; the test split is looked at here only."""
     model, forward = result.model, result.views[view]
-    last = {"validation": result.rows[-1][view], "testing": accuracy(model, splits.testing, forward, ranks)}
+    matrix = confusion(model, splits.testing, splits.classes, forward, ranks)
+    testing = 100.0 * int(matrix.trace()) / int(matrix.sum())
+    measured: dict[str, Any] = {"last": {"validation": result.rows[-1][view], "testing": testing}}
+    if splits.classes <= MOST_CLASSES:
+        measured["confusion"] = matrix.tolist()
     if view not in result.best:
-        return {"last": last, "best_dev": {"validation": None, "testing": None, "epoch": None}}
+        return {**measured, "best_dev": {"validation": None, "testing": None, "epoch": None}}
     row, state = result.best[view]
     final = copy_of_state(model)
     model.load_state_dict(state)
     testing = accuracy(model, splits.testing, forward, ranks)
     best = {"validation": row[view], "testing": testing, "epoch": row["epoch"]}
     model.load_state_dict(final)
-    return {"last": last, "best_dev": best}
+    return {**measured, "best_dev": best}
 
 
 def check_run(recipe: Recipe, out: str | Path, resume: bool = False) -> None:
@@ -81,42 +88,69 @@ def run_recipe(
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
     """
     check_run(recipe, out, resume)
-    if splits.classes != recipe.data.classes:
-        raise ConfigError(f"data.classes is {recipe.data.classes}, but {recipe.data.name} has {splits.classes} classes")
+    check_classes(recipe, splits)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(recipe.seed)
-    model = create_model(recipe.model, recipe.data.classes)
-    first = Trainer(model, recipe, device=device, out=out, callbacks=callbacks, resume=resume, **options)
-    ranks, last = first.ranks, first
-    for stage, offset in STAGE_SEEDS.items():
+    first = Trainer(new_model(recipe), recipe, device=device, out=out, callbacks=callbacks, resume=resume, **options)
+    last = first
+    for stage in STAGE_SEEDS:
         if stage in recipe.stages:
-            # Each stage's draws, dropout too, depend on the seed alone and not on which stages ran before. Ranks see
-            # different samples, and drop different units.
-            seed = 2 * recipe.seed + offset
-            torch.manual_seed(seed + 1_000_003 * ranks.rank)
+            if stage == "phase1" and recipe.phase1_start == "vanilla":
+                first.model = copy.deepcopy(first.results["vanilla"].model)
             last = first if stage == "phase1" else first.copy()
-            getattr(last, stage)(splits.train(seed), splits.validation)
-    results = {
-        name: _measure(first.results[stage], view, splits, ranks)
-        for (stage, view), name in RESULT_NAMES.items()
-        if stage in first.results
-    }
+            teacher = first.results["vanilla"].model if stage == "distill" else None
+            train_stage(last, stage, splits, teacher)
+    record = record_of(last, splits)
+    if first.ranks.main:
+        write_record(out / "record.json", record)
+    return record
+
+
+def check_classes(recipe: Recipe, splits: Splits) -> None:
+    if splits.classes != recipe.data.classes:
+        raise ConfigError(f"data.classes is {recipe.data.classes}, but {recipe.data.name} has {splits.classes} classes")
+
+
+def new_model(recipe: Recipe) -> nn.Module:
+    """The network before training, which depends on the seed alone."""
+    torch.manual_seed(recipe.seed)
+    return create_model(recipe.model, recipe.data.classes)
+
+
+def train_stage(trainer: Trainer, stage: str, splits: Splits, teacher: nn.Module | None = None) -> None:
+    """One stage of the trainer's recipe, from the trainer's model; ``teacher`` is for "distill".
+
+    Its draws, dropout too, depend on the recipe's seed alone and not on which stages ran before. Ranks see different
+    samples, and drop different units.
+    """
+    seed = 2 * trainer.recipe.seed + STAGE_SEEDS[stage]
+    torch.manual_seed(seed + 1_000_003 * trainer.ranks.rank)
+    more = () if teacher is None else (teacher,)
+    getattr(trainer, stage)(splits.train(seed), splits.validation, *more)
+
+
+def record_of(trainer: Trainer, splits: Splits) -> dict[str, Any]:
+    """The record of the stages that the trainer has been through; layers are those of its model."""
+    recipe, stages = trainer.recipe, trainer.results
     record: dict[str, Any] = {
         "recipe": to_dict(recipe),
-        "options": asdict(first.options),
+        "options": asdict(trainer.options),
         **environment(),
-        "device": str(device),
+        "device": str(trainer.device),
         "seed": recipe.seed,
-        "data": {"name": recipe.data.name, **splits.sizes},
-        "curves": {stage: result.rows for stage, result in first.results.items()},
-        "results": results,
-        "seconds": {stage: result.seconds for stage, result in first.results.items()},
+        "data": {"name": recipe.data.name, **splits.sizes, "fingerprint": splits.fingerprint},
+        "curves": {stage: result.rows for stage, result in stages.items()},
+        "results": {
+            name: _measure(stages[stage], view, splits, trainer.ranks)
+            for (stage, view), name in RESULT_NAMES.items()
+            if stage in stages
+        },
+        "seconds": {stage: result.seconds for stage, result in stages.items()},
     }
-    if pqk_layers(last.model):
-        layers = layer_statistics(last.model)
+    if len(splits.names) <= MOST_CLASSES:
+        record["data"]["classes"] = list(splits.names)
+    if pqk_layers(trainer.model):
+        layers = layer_statistics(trainer.model)
         record["kept_fraction"] = sum(x["kept"] for x in layers) / sum(x["weights"] for x in layers)
         record["layers"] = layers
-    if ranks.main:
-        write_record(out / "record.json", record)
     return record

@@ -22,7 +22,7 @@ from pqk_fast.ops import NonFiniteWeightError
 from pqk_fast.schedule import learning_rate
 from pqk_fast.training.interrupts import Interrupted, Interrupts
 from pqk_fast.training.metrics import Forward, accuracy, first_nonfinite, layer_statistics
-from pqk_fast.training.objectives import MutualDistillation
+from pqk_fast.training.objectives import Objective
 from pqk_fast.training.random_state import random_state, set_random_state
 from pqk_fast.training.ranks import Ranks
 from pqk_fast.training.run_state import RunState
@@ -46,7 +46,7 @@ class Stage:
     name: str
     phase: PhaseConfig
     model: nn.Module
-    objective: nn.Module
+    objective: Objective
     views: dict[str, Forward]
     pruner: Pruner | None = None
 
@@ -119,7 +119,7 @@ class Loop:
                         raise
                     self._stop_without_data(interrupts, step, first)
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
-                if step == first and isinstance(stage.objective, MutualDistillation):
+                if step == first:
                     stage.objective.choose_mode(x)
                     if self.ranks.any(stage.objective.mode == "two_pass")[0]:
                         stage.objective.mode = "two_pass"  # each rank chose by a batch of its own
@@ -147,8 +147,7 @@ class Loop:
     def _train_on(self, step: int, x: Tensor, y: Tensor) -> None:
         stage = self.stage
         self.step.set_lr(learning_rate(step, stage.phase))
-        if isinstance(stage.objective, MutualDistillation):
-            stage.objective.set_step(step)
+        stage.objective.set_step(step)
         check = partial(self._check_loss, step, x) if step % self._check_every == 0 else None
         try:
             due = stage.pruner is not None and stage.pruner.advance()
@@ -217,7 +216,8 @@ class Loop:
             "epoch_start": self.epoch_start,
             "training": self.step.state_dict(),
             "pruner": None if stage.pruner is None else stage.pruner.state_dict(),
-            "mode": getattr(stage.objective, "mode", None),
+            "mode": stage.objective.mode,
+            "objective": stage.objective.further_state(),
         }
         entry["streams"] = self.ranks.gather(self.stream.state_dict())
         position["ranks"] = self.ranks.gather({"losses": self.losses.cpu(), "random": random_state()})
@@ -236,8 +236,8 @@ class Loop:
         if self.stage.pruner is not None:
             self.stage.pruner.load_state_dict(position["pruner"])
             check_masks(self.stage.model, fresh=not self.stage.pruner.finished or None)
-        if isinstance(self.stage.objective, MutualDistillation):
-            self.stage.objective.mode = position["mode"]
+        self.stage.objective.mode = position["mode"]
+        self.stage.objective.load_further_state(position.get("objective", {}))
         self.epoch_start = position["epoch_start"]
         own = position["ranks"][self.ranks.rank]
         self.losses.copy_(own["losses"])

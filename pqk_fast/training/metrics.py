@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,29 +43,52 @@ def layer_statistics(model: nn.Module) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches, forward: Forward | None = None, ranks: Ranks | None = None) -> float:
     """Percent of samples whose largest logit is the label's; ``model`` is in evaluation mode for it.
 
     ``forward`` defaults to the model itself. With ``ranks``, every rank gives batches of its own and all get the
     percentage of all. Raises ValueError if ``batches`` is empty (on every rank).
     """
+    counts = torch.zeros(2, dtype=torch.long, device=next(model.parameters()).device)  # right, wrong
+    for logits, y in _evaluated(model, batches, forward):
+        right = (logits.argmax(-1) == y).sum()
+        counts += torch.stack([right, y.numel() - right])
+    right, wrong = _some(counts if ranks is None else ranks.sum(counts)).tolist()
+    return 100.0 * right / (right + wrong)
+
+
+def confusion(
+    model: nn.Module, batches: Batches, classes: int, forward: Forward | None = None, ranks: Ranks | None = None
+) -> Tensor:
+    """How often each label (row) was taken for each class (column): int64 ``[classes, classes]``, on the CPU.
+
+    Arguments and errors as for :func:`accuracy`, which is the part on the diagonal.
+    """
+    counts = torch.zeros(classes * classes, dtype=torch.long, device=next(model.parameters()).device)
+    for logits, y in _evaluated(model, batches, forward):
+        counts += torch.bincount(y * classes + logits.argmax(-1), minlength=classes * classes)
+    return _some(counts if ranks is None else ranks.sum(counts)).reshape(classes, classes).cpu()
+
+
+def _evaluated(model: nn.Module, batches: Batches, forward: Forward | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of every batch, in evaluation mode, without gradients."""
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
-    counts = torch.zeros(2, dtype=torch.long, device=device)  # right, all
     try:
         model.eval()
         for x, y in batches:
-            logits = (forward or model)(x.to(device))
-            counts[0] += (logits.argmax(-1) == y.to(device)).sum()
-            counts[1] += y.numel()
+            with torch.no_grad():
+                logits = (forward or model)(x.to(device))
+            yield logits, y.to(device)
     finally:
         for module, training in modes:
             module.training = training
-    right, total = (counts if ranks is None else ranks.sum(counts)).tolist()
-    if not total:
+
+
+def _some(counts: Tensor) -> Tensor:
+    if not int(counts.sum()):
         raise ValueError("nothing to evaluate: the batches are empty")
-    return 100.0 * right / total
+    return counts
 
 
 def first_nonfinite(model: nn.Module, x: Tensor, forwards: Iterable[Forward]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pqk_fast.checkpoint import CheckpointError, Checkpoints
-from pqk_fast.config import ConfigError, Recipe, check_choice, to_dict
+from pqk_fast.config import ConfigError, Recipe, check_choice, recipe_from_dict, to_dict
 from pqk_fast.training.ranks import Ranks
 from pqk_fast.training.steps import PRECISIONS
 
@@ -74,12 +74,13 @@ class RunState:
                 "cannot go on; start it again in another folder"
             )
         for what, saved, own in (
-            ("recipe", content["recipe"], self.recipe),
+            ("recipe", to_dict(recipe_from_dict(content["recipe"])), self.recipe),  # with settings that are new since
             ("options", content["options"], dataclasses.asdict(self.options)),
         ):
             if difference := first_difference(saved, own, what):
                 raise ConfigError(f"the run cannot go on as another one: {difference}; give what it was started with")
-        if content["threads"] != torch.get_num_threads():
+        unfinished = not content["stages"][content["position"]["stage"]]["finished"]
+        if unfinished and content["threads"] != torch.get_num_threads():
             warnings.warn(
                 f"the run was begun with {content['threads']} threads and goes on with {torch.get_num_threads()}: it "
                 "will not end in the same bits (OMP_NUM_THREADS)",
