@@ -48,9 +48,9 @@ export PYTHONPATH=$root PYTHONUNBUFFERED=1
 compgen -G 'pqk_fast/_C*.so' > /dev/null || export PQK_FAST_NATIVE=0
 
 # Seconds of the whole that a stage gets, as shares, in order of value. What a stage leaves goes to those after it.
-stages=(smoke tests dual_forward fake_quant topk_mask int4 step overhead paper captured)
-declare -A share=([smoke]=45 [tests]=125 [dual_forward]=105 [fake_quant]=85)
-share+=([topk_mask]=40 [int4]=30 [step]=50 [overhead]=60 [paper]=50 [captured]=35)
+stages=(smoke tests dual_forward fake_quant topk_mask int4 step overhead paper captured cell seeds)
+declare -A share=([smoke]=45 [tests]=115 [dual_forward]=95 [fake_quant]=85)
+share+=([topk_mask]=40 [int4]=30 [step]=45 [overhead]=60 [paper]=35 [captured]=30 [cell]=35 [seeds]=40)
 chosen=${PQK_FAST_SUITE_STAGES:-${stages[*]}}
 shares=0
 for name in $chosen; do
@@ -105,6 +105,9 @@ smoke='"$0" -m pqk_fast doctor && "$0" bench/smoke.py --device "$1"'
 paper='data=${PQK_FAST_DATA:-}
 if [ ! -d "$data/yes" ]; then data=$2/words; [ -d "$data/yes" ] || "$0" bench/made_up_words.py "$data"; fi &&
 "$0" -m pqk_fast train --recipe demo --data "$data" --device "$1" --out "$2/$3" "${@:4}"'
+# shellcheck disable=SC2016
+cell='data=${PQK_FAST_DATA:-}; [ -d "$data/yes" ] || data=$2/words
+"$0" -m pqk_fast reproduce table1 --cells kws-res8-narrow-w4-p90 --data "$data" --device "$1" --out "$2/$3" "${@:4}"'
 workers=()
 mapfile -t gpu_tests < <(grep -lE 'mark\.gpu|DEVICES|KERNEL_DEVICE' tests/test_*.py)
 
@@ -138,6 +141,9 @@ bench step "${steps[@]}"
 bench overhead "${parts[@]}"
 stage paper bash -c "$paper" "$python" "$device" "$work" paper "${short[@]}"
 stage captured bash -c "$paper" "$python" "$device" "$work" captured --capture "${short[@]}"
+# a whole cell of Table 1, as fast as it goes: one seed, then three at a time
+stage cell bash -c "$cell" "$python" "$device" "$work" cell --capture --seeds 1 --jobs 1 "${short[@]}"
+stage seeds bash -c "$cell" "$python" "$device" "$work" seeds --capture --seeds 3 --jobs 3 "${short[@]}"
 
 [ $dry = 0 ] || exit 0
 {

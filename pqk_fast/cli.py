@@ -1,4 +1,4 @@
-"""The command line: ``pqk-fast demo | train | eval | recipes | doctor``."""
+"""The command line: ``pqk-fast demo | train | reproduce | eval | recipes | doctor``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from pqk_fast.checkpoint import Checkpoints, load_checkpoint
 from pqk_fast.config import Recipe, recipe_from_dict, to_dict
 from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
 from pqk_fast.data.spoken_words import write_spoken_words
+from pqk_fast.experiments.reproduce import TARGETS, make_page, plan, train_missing
+from pqk_fast.experiments.results import Results
 from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
+from pqk_fast.experiments.runner import Runs, TaskError
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
 from pqk_fast.recipe_files import load_recipe, recipe_names
@@ -38,6 +41,8 @@ from pqk_fast.training.metrics import accuracy
 from pqk_fast.training.ranks import Ranks, RanksDifferError, join, leave
 from pqk_fast.training.run_state import first_difference
 from pqk_fast.training.steps import PRECISIONS
+
+MOST_JOBS = 8  # trainings at a time unless told otherwise: each takes a gigabyte
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
@@ -132,15 +137,39 @@ def train(args: argparse.Namespace) -> None:
             device,
             resume=args.resume,
             keep_checkpoints=args.keep_checkpoints,
-            precision=args.precision,
-            compile=args.compile,
-            capture=args.capture,
             sync_batch_norm=args.sync_batch_norm,
-            recycle_memory=not args.no_recycle,
             tensorboard=args.tensorboard,
+            **_step_options(args),
         )
     finally:
         leave()
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    targets = list(TARGETS) if "all" in args.targets else [target for target in TARGETS if target in args.targets]
+    results = Results(Runs(args.out), args.seeds, args.set)
+    tasks = plan(targets, results, args.cells)
+    if args.list:
+        table = Table("task", "steps", "trained", box=box.SIMPLE_HEAD)
+        for task in tasks:
+            table.add_row(task.folder, str(task.steps), "-" if results.runs.record(task) is None else "yes")
+        console.print(table)
+        return
+    folders = {"speech_commands": args.data, "cifar100": args.cifar}
+    jobs = args.jobs or (min(os.cpu_count() or 1, MOST_JOBS) if args.device == "cpu" else 1)
+    train_missing(tasks, args.out, folders, jobs, console, args.device, **_step_options(args))
+    page = make_page(targets, results)
+    console.print(escape(f"written: {', '.join(str(path) for path in page.write(args.page or args.out, 'results'))}"))
+
+
+def _step_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How steps are computed, as Trainer calls it."""
+    return {
+        "precision": args.precision,
+        "compile": args.compile,
+        "capture": args.capture,
+        "recycle_memory": not args.no_recycle,
+    }
 
 
 def _recipe_and_folder(args: argparse.Namespace) -> tuple[Recipe, Path]:
@@ -232,6 +261,12 @@ def _device(text: str) -> str:
     return text
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pqk-fast", description="Train sparse, low-bit networks: pruning, quantization, in-network distillation."
@@ -257,6 +292,17 @@ def _parser() -> argparse.ArgumentParser:
             help="change a setting, as pqk.bits=8; repeatable",
         )
 
+    def computed(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--precision",
+            choices=tuple(PRECISIONS),
+            default="fp32",
+            help="bf16, fp16: mixed precision by autocast (default: %(default)s)",
+        )
+        sub.add_argument("--compile", action="store_true", help="torch.compile forward and loss, once a stage")
+        sub.add_argument("--capture", action="store_true", help="on a GPU: whole steps as CUDA graphs")
+        sub.add_argument("--no-recycle", action="store_true", help="leave malloc's settings alone (CPU)")
+
     sub = command(demo, "demo", "make spoken words on the spot and train the paper's four networks on them")
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
     sub.add_argument("--keep-data", type=Path, metavar="DIR", help="also write the words as WAV files, to listen to")
@@ -272,17 +318,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--keep-checkpoints", type=int, default=3, metavar="N", help="newest checkpoints to keep (default: %(default)s)"
     )
-    sub.add_argument(
-        "--precision",
-        choices=tuple(PRECISIONS),
-        default="fp32",
-        help="bf16, fp16: mixed precision by autocast (default: %(default)s)",
-    )
-    sub.add_argument("--compile", action="store_true", help="torch.compile forward and loss, once a stage")
-    sub.add_argument("--capture", action="store_true", help="on a GPU: whole steps as CUDA graphs")
+    computed(sub)
     sub.add_argument("--sync-batch-norm", action="store_true", help="many GPUs: batch statistics over all of them")
-    sub.add_argument("--no-recycle", action="store_true", help="leave malloc's settings alone (CPU)")
     sub.add_argument("--tensorboard", action="store_true", help="also write scalars for TensorBoard into RUN")
+    settable(sub)
+    common(sub)
+
+    sub = command(reproduce, "reproduce", "the paper's tables and the baselines: train what is missing, make the page")
+    sub.add_argument(
+        "targets", nargs="+", choices=(*TARGETS, "all"), metavar="TARGET", help=", ".join((*TARGETS, "all"))
+    )
+    sub.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of Speech Commands; without it records are read only"
+    )
+    sub.add_argument("--cifar", type=Path, metavar="DIR", help="folder of CIFAR-100, for table1's ResNet-32")
+    sub.add_argument("--cells", nargs="+", default=[], metavar="RECIPE", help="train these recipes only")
+    sub.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    sub.add_argument("--jobs", type=_count, metavar="N", help="trainings at a time (default: one a core, 1 on a GPU)")
+    sub.add_argument(
+        "--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="records (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--page", type=Path, metavar="DIR", help="folder for results.md and .html (default: that of --out)"
+    )
+    sub.add_argument("--list", action="store_true", help="only list the trainings, and which are done")
+    computed(sub)
     settable(sub)
     common(sub)
 
@@ -315,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("\n[bold]interrupted[/]; a run that has checkpoints goes on with --resume")
         return 130
-    except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError, RanksDifferError) as error:
+    except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError, RanksDifferError, TaskError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         return 1
     return 0

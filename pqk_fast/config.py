@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -30,10 +31,10 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(prefix + k for k in known)}"
 
 
-def check_bits(bits: int) -> int:
-    """``bits`` itself if it is an int in 2..8, else ConfigError."""
+def check_bits(bits: int, otherwise: str = "") -> int:
+    """``bits`` itself if it is an int in 2..8, else ConfigError, whose message ends in ``otherwise``."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ConfigError(f"bits must be an integer in 2..8, got {bits!r}")
+        raise ConfigError(f"bits must be an integer in 2..8, got {bits!r}{otherwise}")
     return bits
 
 
@@ -112,8 +113,8 @@ class PQKConfig:
     teacher_bn: str = "fresh"
 
     def __post_init__(self) -> None:
-        if self.bits != 32:
-            check_bits(self.bits)
+        if is_quantized(self.bits):
+            check_bits(self.bits, "; or 32, to prune without quantization")
         _check_types(self)
         check_sparsity(self.sparsity)
         check_sparsity(self.initial_sparsity, "initial_sparsity")
@@ -341,16 +342,23 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    """The types of a config's fields: slow to find, and asked for again and again."""
+    return typing.get_type_hints(cls)
+
+
 def _check_types(config: Any) -> None:
     """Every field holds what it declares, a finite number where it is a float; else ConfigError."""
-    for name, kind in typing.get_type_hints(type(config)).items():
+    for name, kind in _kinds(type(config)).items():  # type: ignore[arg-type]
         _convert(getattr(config, name), kind, name)
 
 
 def _build(cls: Callable[..., Any], values: Mapping[str, Any], where: str = "") -> Any:
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds(cls)
     for key in values:
-        require(key in kinds, f"unknown key {where + key!r}{nearest(key, kinds, where)}")
+        if key not in kinds:
+            raise ConfigError(f"unknown key {where + key!r}{nearest(key, kinds, where)}")
     return cls(**{key: _convert(value, kinds[key], where + key) for key, value in values.items()})
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pqk_fast import ops
 from pqk_fast.branches import pqk_layers, require_prepared
+from pqk_fast.config import is_quantized
 from pqk_fast.dual_batch_norm import DualBatchNorm
 from pqk_fast.layers import PQKLayer
 from pqk_fast.reference import levels, scaled
@@ -125,6 +126,8 @@ def _grid_problems(name: str, layer: PQKLayer, kept: float, largest: float, mean
         what = "the mask prunes every weight, so nothing but the bias is left"
         remedy = "give the layer a sparsity of its own with PQKConfig.layer_sparsity, or prune less"
         kind = "dead"
+    elif not is_quantized(layer.bits):
+        return []
     elif largest <= 0.5:
         what = f"every kept weight is quantized to zero: the step size, {step:g}, is over twice the largest of them"
         remedy = "lower the rate of the step sizes (step_lr in param_groups), or the weight decay"

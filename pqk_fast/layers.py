@@ -65,7 +65,7 @@ class PQKLayer(TwoPhase):
     def _first_step(self, weight: Tensor, mask: Tensor) -> Tensor:
         config = self.config
         if not is_quantized(config.bits):
-            return torch.ones(1, device=weight.device)
+            return torch.ones(1, dtype=torch.float32, device=weight.device)
         return initial_step(weight, mask, config.bits, config.step_init, config.per_channel)
 
     @property
@@ -207,7 +207,7 @@ class PQKLayer(TwoPhase):
 
     def full_weight(self) -> Tensor:
         """The teacher's weight: latent, or with its kept part quantized; its gradient reaches pruned weights only."""
-        how = self.config.teacher_weights if is_quantized(self.bits) else "latent"  # kept weights are the same in both
+        how = self.config.teacher_weights
         return ops.teacher_weight(self.weight, self.weight_mask, self.weight_step, self.bits, how)
 
     def _begin_forward(self) -> str:
@@ -235,6 +235,8 @@ class PQKLayer(TwoPhase):
 
     def _by_halves(self, x: Tensor) -> Tensor:
         """The stacked branch where the fused operations, which quantize, are no help."""
+        if x.shape[0] % 2:
+            raise ValueError(f"x must hold student rows first, then as many teacher rows; got {tuple(x.shape)}")
         halves = zip(x.chunk(2), ("student", "teacher"), strict=True)
         return torch.cat([self._layer(half, *self._weight_and_bias(branch)) for half, branch in halves])
 

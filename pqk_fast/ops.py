@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pqk_fast import dispatch, reference
 from pqk_fast.autograd import FakeQuant, FakeQuantAll, PrunedOnly, apply
-from pqk_fast.config import check_bits, check_choice
+from pqk_fast.config import check_bits, check_choice, is_quantized
 from pqk_fast.dual_ops import DualConv2d, DualLinear
 from pqk_fast.packing import pack_bits, pack_int4, pack_ints, unpack_bits, unpack_int4, unpack_ints
 from pqk_fast.reference import WEIGHT_DTYPES
@@ -62,9 +62,7 @@ __all__ = [
 ]
 
 
-def _check_quantizer(weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste: str = "identity") -> None:
-    check_bits(bits)
-    check_choice("ste", ste, reference.STE_MODES)
+def _check_pruned(weight: Tensor, mask: Tensor) -> None:
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"weight must be floating point (fp32, bf16 or fp16), got {weight.dtype}; use weight.float()")
     if mask.dtype != torch.bool or mask.shape != weight.shape:
@@ -72,6 +70,12 @@ def _check_quantizer(weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste:
             f"mask must be bool of the weight's shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}; "
             "make one with torch.ones_like(weight, dtype=torch.bool)"
         )
+
+
+def _check_quantizer(weight: Tensor, mask: Tensor, step: Tensor, bits: int, ste: str = "identity") -> None:
+    check_bits(bits)
+    check_choice("ste", ste, reference.STE_MODES)
+    _check_pruned(weight, mask)
     channels = weight.shape[0] if weight.dim() else 1
     if not step.is_floating_point() or step.dim() > 1 or step.numel() not in (1, channels):
         raise ValueError(
@@ -120,13 +124,11 @@ def fake_quant(
 def prune(weight: Tensor, mask: Tensor, mask_gradients: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """``w M`` alone, for networks that are pruned and not quantized; shapes and gradients as in :func:`fake_quant`.
 
-    Raises ValueError for a mask of wrong shape or dtype.
+    Raises TypeError for a weight, ValueError for a mask of wrong shape or dtype.
     """
-    if mask.dtype != torch.bool or mask.shape != weight.shape:
-        raise ValueError(f"mask must be bool of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-    pruned = torch.where(mask, weight, 0.0)
-    if not mask_gradients:
-        pruned = weight + (pruned - weight).detach()  # w, or w - w, exactly
+    _check_pruned(weight, mask)
+    zero = 0.0 if mask_gradients else weight - weight.detach()  # 0, through which the gradient passes
+    pruned = torch.where(mask, weight, zero)
     return pruned.to(output_dtype(weight, dtype))
 
 
@@ -174,12 +176,16 @@ def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
 def teacher_weight(weight: Tensor, mask: Tensor, step: Tensor, bits: int, teacher_weights: str = "latent") -> Tensor:
     """The full net's weight in phase 2, in the weight's dtype; its gradient reaches the pruned weights only (Eq. 12).
 
-    ``"latent"``: the weight itself, no copy. ``"shared"``: the kept part fake-quantized, as the student has it.
+    ``"latent"``: the weight itself, no copy. ``"shared"``: the kept part fake-quantized, as the student has it; with
+    ``bits=32``, where nothing is quantized, that is the weight itself too.
     """
-    _check_quantizer(weight, mask, step, bits)
+    if is_quantized(bits):
+        _check_quantizer(weight, mask, step, bits)
+    else:
+        _check_pruned(weight, mask)
     check_choice("teacher_weights", teacher_weights, reference.TEACHER_WEIGHTS)
     full: Tensor = apply(PrunedOnly, weight, mask)
-    if teacher_weights == "latent":
+    if teacher_weights == "latent" or not is_quantized(bits):
         return full
     quantized = dispatch.fake_quant(weight.detach(), mask, step.detach(), bits, weight.dtype)
     return torch.where(mask, quantized, full)

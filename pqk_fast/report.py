@@ -1,13 +1,12 @@
 """Tables and plots of a run, made from its record (`pqk_fast.record`) alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
+from rich.table import Table as RichTable
 
+from pqk_fast.pages import Table
 from pqk_fast.record import RESULTS, check_record
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ STUDENTS = ("phase1_p", "finetune", "distill", "phase2_p")  # the pruned, quanti
 BLACK, BLUE, GREEN, VERMILION, GREY = "#000000", "#0072B2", "#009E73", "#D55E00", "#6E6E6E"
 
 
-def results_table(record: Record) -> Table:
+def results_table(record: Record) -> RichTable:
     """Accuracies of the stages that ran, in the rows of the paper's tables: bits, sparsity, and the accuracy in percent
     of the last epoch and of the epoch that was best on the validation set. The best student of a column is bold.
 
@@ -42,7 +41,7 @@ def results_table(record: Record) -> Table:
     return _results(record).rich()
 
 
-def layers_table(record: Record) -> Table:
+def layers_table(record: Record) -> RichTable:
     """Per layer: shape, number of weights, how many are kept, step size, and the part of the kept ones that is clipped.
 
     Raises:
@@ -69,43 +68,12 @@ def to_markdown(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-@dataclass
-class _TableData:
-    """Cells as text, before they become a rich table or Markdown."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[list[str]] = field(default_factory=list)
-    bold: set[tuple[int, int]] = field(default_factory=set)  # (row, column)
-
-    def rich(self) -> Table:
-        table = Table(title=self.title)
-        for i, column in enumerate(self.columns):
-            # one word a line keeps the columns narrow; names may wrap, numbers may not
-            table.add_column(column.replace(" ", "\n"), justify="right" if i else "left", no_wrap=i > 0)
-        for i, row in enumerate(self.rows):
-            # Text, not str: rich would read square brackets in names as its markup
-            table.add_row(*(Text(cell, style="bold" if (i, j) in self.bold else "") for j, cell in enumerate(row)))
-        return table
-
-    def markdown(self) -> list[str]:
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-        rows = [
-            [f"**{cell}**" if (i, j) in self.bold else cell for j, cell in enumerate(row)]
-            for i, row in enumerate(self.rows)
-        ]
-        rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        return [line(self.columns), rule, *(line(row) for row in rows)]
-
-
-def _results(record: Record) -> _TableData:
+def _results(record: Record) -> Table:
     results = record["results"]
     names = [name for name in RESULTS if name in results]
     if not names:
         raise ValueError('the record has no results: its "results" is empty, no stage of the run was finished')
-    table = _TableData(
+    table = Table(
         "Accuracy (%), last epoch and best epoch on the validation set",
         ("", "bits", "sparsity", "last val", "last test", "best val", "best test", "at epoch"),
     )
@@ -132,11 +100,11 @@ def _results(record: Record) -> _TableData:
     return table
 
 
-def _layers(record: Record) -> _TableData:
+def _layers(record: Record) -> Table:
     layers = record.get("layers")
     if not layers:
         raise ValueError('the record has no layers: its "layers" is missing or empty, no pruned network was trained')
-    table = _TableData("Layers", ("layer", "shape", "weights", "kept", "kept (%)", "step size", "clipped (%)"))
+    table = Table("Layers", ("layer", "shape", "weights", "kept", "kept (%)", "step size", "clipped (%)"))
     for layer in layers:
         clipped = layer.get("clipped_fraction")
         table.rows.append(

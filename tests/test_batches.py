@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -301,6 +302,49 @@ def test_splits_of_a_rank(kind: type[DeviceBatches], monkeypatch: pytest.MonkeyP
         for r, rank in enumerate(ranks):
             assert_equal(list(getattr(rank, split)), list(getattr(alone, split))[r::2])
     assert ranks[1].sizes == {"train": 14, "validation": 9, "testing": 6}
+
+
+@KINDS
+def test_a_fingerprint_is_that_of_the_data_and_of_nothing_else(
+    kind: type[DeviceBatches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {SpeechBatches: "kws-res8-narrow-w4-p90", CifarBatches: "cifar100-resnet32-w4-p90"}[kind]
+    monkeypatch.setattr(load, "load_speech_commands", lambda root, **_: data)
+    monkeypatch.setattr(load, "load_cifar100", lambda root, **_: data)
+
+    def made() -> SpeechCommands | Cifar:
+        if kind is SpeechBatches:
+            return SpeechCommands(clips(14), clips(9), clips(6), recordings())
+        return Cifar(pictures(14), pictures(9), pictures(6), ("a",))
+
+    def fingerprint(*settings: str, **ranks: int) -> str:
+        return load.load_splits(load_recipe(name, ["data.batch_size=4", *settings]), ".", **ranks).fingerprint
+
+    data = made()
+    values = "clips" if kind is SpeechBatches else "images"
+    expected = fingerprint()
+    assert len(expected) == 16
+    data = made()
+    assert fingerprint("data.batch_size=6", "seed=5", "pqk.bits=2") == fingerprint(rank=1, world=2) == expected
+    others = {expected}
+    for split in ("train", "validation", "testing"):
+        data = made()
+        getattr(data, split).labels[2] = 0
+        others.add(fingerprint())
+        data = made()
+        getattr(getattr(data, split), values)[3].flatten()[7] ^= 1
+        others.add(fingerprint())
+        data = made()
+        getattr(data, split).labels[[1, 2]] = getattr(data, split).labels[[2, 1]]
+        getattr(getattr(data, split), values)[[1, 2]] = getattr(getattr(data, split), values)[[2, 1]]
+        others.add(fingerprint())
+    assert len(others) == 10
+    data = made()
+    if isinstance(data, Cifar):
+        data = replace(data, validation=pictures(0))
+    else:
+        data.noise.samples[5] += 1
+    assert fingerprint() not in others
 
 
 # --- devices

@@ -278,7 +278,7 @@ def test_the_suite_fits_into_its_time_and_runs_every_benchmark() -> None:
     stages = dict(re.findall(r"^(\w+) +(\d+) s ", plan.stdout, re.MULTILINE))
     assert sum(map(int, stages.values())) <= 530
     scripts = {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")}
-    assert scripts | {"smoke", "tests", "paper", "captured"} == set(stages)
+    assert scripts | {"smoke", "tests", "paper", "captured", "cell", "seeds"} == set(stages)
     assert not Path("nowhere").exists()
 
 

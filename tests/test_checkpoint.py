@@ -1,10 +1,15 @@
 """Checkpoints are whole or not there, and anything else is refused with its name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from small_run import batches, net, recipe
 
 from pqk_fast import checkpoint as module
-from pqk_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from pqk_fast.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
+from pqk_fast.config import ConfigError
+from pqk_fast.trainer import Trainer
 
 
 def test_round_trip(tmp_path):
@@ -56,3 +61,23 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"format": module.FORMAT, "version": 1, "evil": Evil()}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="torn or not a checkpoint"):
         load_checkpoint(tmp_path / "c.pt")
+
+
+def test_settings_that_are_new_since_a_checkpoint_have_their_defaults(tmp_path):
+    """A run of an earlier version goes on, unless one of them was set."""
+    Trainer(net(), recipe(), out=tmp_path).phase1(batches(0), batches(1))
+    path = Checkpoints(tmp_path).paths()[-1]
+    content = load_checkpoint(path)
+    for place, name in (("", "distill"), ("", "phase1_start"), ("phase1", "step_lr_rule"), ("pqk", "mask_end")):
+        del (content["recipe"][place] if place else content["recipe"])[name]
+    save_checkpoint(path, content)
+    results = Trainer(net(), recipe(), out=tmp_path, resume=True).phase1(batches(0), batches(1))
+    assert [row["step"] for row in results.rows] == [20, 40, 60, 80, 100, 120]
+    changed = {"pqk": replace(recipe().pqk, mask_end=0.5), "phase1": replace(recipe().phase1, step_lr_rule="lsq")}
+    for part, message in (("pqk", "pqk.mask_end was 1.0, now"), ("phase1", "phase1.step_lr_rule was 'flat', now")):
+        with pytest.raises(ConfigError, match=rf"cannot go on as another one: recipe.{message}"):
+            Trainer(net(), recipe(**{part: changed[part]}), out=tmp_path, resume=True)
+    content["recipe"]["pqk"]["novelty"] = 1
+    save_checkpoint(path, content)
+    with pytest.raises(ConfigError, match=r"unknown key 'pqk.novelty'"):
+        Trainer(net(), recipe(), out=tmp_path, resume=True)

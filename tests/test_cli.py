@@ -61,7 +61,7 @@ def test_train_writes_the_record_that_the_tables_are_made_from(run):
     assert set(record) >= {"recipe", "versions", "hardware", "seed", "curves", "results", "kept_fraction", "layers"}
     assert set(record["results"]) == {"vanilla", "phase1_p", "phase2_p", "phase2_f", "finetune"}
     for result in record["results"].values():
-        assert set(result) == {"last", "best_dev"}
+        assert set(result) == {"last", "best_dev", "confusion"}
         assert 0 <= result["last"]["testing"] <= 100
         assert set(result["last"]) == {"validation", "testing"}
     assert set(record["curves"]) == {"vanilla", "phase1", "phase2", "finetune"}
@@ -70,7 +70,10 @@ def test_train_writes_the_record_that_the_tables_are_made_from(run):
     assert sum(layer["kept"] for layer in record["layers"]) == weights - int(0.9 * weights)
     assert record["kept_fraction"] == pytest.approx(1 - int(0.9 * weights) / weights)
     assert {"name", "kept", "step_size", "clipped_fraction"} <= set(record["layers"][0])
-    assert record["data"] == {"name": "speech_commands", "train": 36, "validation": 12, "testing": 12}
+    data = record["data"]
+    assert len(data.pop("fingerprint")) == 16
+    assert data.pop("classes") == ["silence", "unknown", *KEYWORDS]
+    assert data == {"name": "speech_commands", "train": 36, "validation": 12, "testing": 12}
 
 
 def test_eval_repeats_the_records_accuracies(run, speech, capsys):

@@ -55,7 +55,13 @@ ORDER = (
     "__main__",
 )
 # Parts that stand beside that order, and what each may import. Only experiments and what comes after may import them.
-LEAVES = {"models": (), "data": ("files", "config"), "record": ("files",), "report": ("files", "record")}
+LEAVES = {
+    "models": (),
+    "data": ("files", "config"),
+    "record": ("files",),
+    "pages": ("files",),
+    "report": ("files", "pages", "record"),
+}
 OPTIONAL = {
     "torchvision", "torchaudio", "matplotlib", "triton", "espeakng_loader", "PIL", "soundfile", "tensorboard",
     "lightning", "pytorch_lightning",

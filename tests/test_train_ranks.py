@@ -17,7 +17,8 @@ from test_cli import SETTINGS, speech  # noqa: F401
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
 from pqk_fast.trainer import Trainer
-from pqk_fast.training.ranks import RanksDifferError
+from pqk_fast.training.metrics import accuracy, confusion
+from pqk_fast.training.ranks import Ranks, RanksDifferError
 
 TRAIN = ["-m", "pqk_fast", "train", "--recipe", "kws-res8-narrow-w4-p90", "--device", "cpu"]
 
@@ -70,6 +71,20 @@ def test_ranks_that_drift_apart_are_told_where():
     messages = on_ranks(fit_on_rank, True)
     for message in messages:
         assert "'3.weight' is no longer the same on all 2 ranks" in message
+
+
+def measure_on_rank():
+    """Of this rank's share, three batches or two, with the others' counts added."""
+    data = batches(1, count=5)[dist.get_rank() :: dist.get_world_size()]
+    return confusion(net(), data, 3, ranks=Ranks()), accuracy(net(), data, ranks=Ranks())
+
+
+def test_all_ranks_get_the_counts_of_all():
+    expected = confusion(net(), batches(1, count=5), 3)
+    assert expected.sum() == 5 * 32
+    for matrix, percent in on_ranks(measure_on_rank):
+        assert torch.equal(matrix, expected)
+        assert percent == 100 * int(expected.trace()) / (5 * 32)
 
 
 def start(speech, out, *more, ranks=2):  # noqa: F811

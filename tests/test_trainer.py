@@ -15,7 +15,7 @@ from pqk_fast.checkpoint import load_checkpoint
 from pqk_fast.config import Phase2Config, PhaseConfig
 from pqk_fast.trainer import Trainer
 from pqk_fast.training.loop import TrainingDivergedError
-from pqk_fast.training.metrics import accuracy, layer_statistics
+from pqk_fast.training.metrics import accuracy, confusion, layer_statistics
 
 
 class Log(Callback):
@@ -159,6 +159,27 @@ def test_accuracy_by_hand_and_without_data():
     mixed = nn.Sequential(model, nn.BatchNorm1d(2).eval())
     accuracy(mixed, data)
     assert (model.training, mixed[1].training) == (True, False), "each module as it was"
+
+
+def test_confusion_by_hand_and_without_data():
+    """Rows are labels, columns what they were taken for; the diagonal is the accuracy."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Dropout(0.9))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3))
+    taken_for = {0: (0, 2, 2), 2: (2, 2, 2, 2, 1)}  # label 1 is missing
+    pairs = [(label, column) for label, columns in taken_for.items() for column in columns]
+    x, y = torch.eye(3)[[column for _, column in pairs]], torch.tensor([label for label, _ in pairs])
+    for size in (1, 3, 8):
+        data = list(zip(x.split(size), y.split(size), strict=True))
+        matrix = confusion(model, data, 3)
+        assert matrix.tolist() == [[1, 0, 2], [0, 0, 0], [0, 1, 4]]
+        assert (matrix.dtype, matrix.device.type) == (torch.int64, "cpu")
+        assert 100 * int(matrix.trace()) / int(matrix.sum()) == accuracy(model, data) == 62.5
+    assert confusion(model, data, 5)[:3, :3].tolist() == matrix.tolist()
+    assert confusion(model, data, 3, lambda x: model(x).roll(1, -1)).tolist() == [[2, 1, 0], [0, 0, 0], [4, 0, 1]]
+    assert model.training
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        confusion(model, [], 3)
 
 
 def test_nan_input_stops_with_step_and_cause_and_keeps_the_last_good_checkpoint(tmp_path):

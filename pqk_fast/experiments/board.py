@@ -54,12 +54,13 @@ class Board:
     def take(self, news: tuple[str, int, Row | None]) -> None:
         """A task's name, its steps done, and the row of the epoch that has just ended."""
         name, step, row = news
+        total, self._done[name] = self._steps[name], step
         if name not in self._bars:
             self._line[name] = time.monotonic()
-            self._bars[name] = self._progress.add_task(name, total=self._steps[name], state="")
+            self._bars[name] = self._progress.add_task(name, total=total, state="")
             self._progress.reset(self._bars[name], completed=step)  # steps of an earlier process take no time
-        bar, total = self._bars[name], self._steps[name]
-        self._done[name] = step
+            self._progress.reset(self._all, completed=sum(self._done.values()))
+        bar = self._bars[name]
         self._progress.update(self._all, completed=sum(self._done.values()))
         self._progress.update(bar, completed=step)
         if row is None:

@@ -7,6 +7,7 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import connection
 from pathlib import Path
@@ -71,10 +72,12 @@ class Runs:
         for task in tasks:
             _add(order, task)
         needed: dict[str, Task] = {}
+        starts: set[str] = set()  # what those that have to be trained start from, near or far
         for task in reversed(order.values()):
-            starts = {parent.key for other in needed.values() for parent in other.parents}
             if self.record(task) is None or (task.key in starts and not self._checkpoints(task).paths()):
                 needed[task.key] = task
+            if task.key in starts or task.key in needed:
+                starts.update(parent.key for parent in task.parents)
         return list(reversed(needed.values()))
 
     def train(self, task: Task, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -90,8 +93,9 @@ class Runs:
 
         ``jobs`` at a time, in processes of their own that share the cores evenly; with one job in this process.
 
-        Raises Interrupted after SIGINT or SIGTERM, when all have saved where they stand; TaskError if a task failed,
-        when those that were running have ended; ValueError if the folder holds records of other data.
+        Raises Interrupted after SIGINT or SIGTERM, when all have saved where they stand; with several jobs TaskError if
+        a task failed, when those that were running have ended, else its error itself: ValueError if the folder holds
+        records of other data.
         """
         waiting = self.missing(tasks)
         if not waiting:
@@ -108,42 +112,48 @@ class Runs:
         context = multiprocessing.get_context("spawn")
         news: Any = context.Queue()
         threads = max(1, torch.get_num_threads() // jobs)
-        running: list[tuple[Task, Any]] = []
-        errors: list[str] = []
-        told = False
-        with Interrupts(patient=True) as interrupts:
-            while True:
-                stop = interrupts.requested is not None
-                undone = {task.key for task in (*waiting, *(task for task, _ in running))}
-                ready = [task for task in waiting if not undone & {parent.key for parent in task.parents}]
-                while ready and len(running) < jobs and not (stop or errors):
-                    task = ready.pop(0)
-                    waiting.remove(task)
-                    process = context.Process(target=_work, args=(self, task, threads, news))
-                    process.start()
-                    running.append((task, process))
-                if not running:
-                    break
-                if stop and not told:
-                    told = True
-                    for _, process in running:
-                        process.terminate()
-                connection.wait([process.sentinel for _, process in running], POLL_SECONDS)
-                ended = [(task, process) for task, process in running if not process.is_alive()]
-                running = [pair for pair in running if pair not in ended]
-                errors += _pass_on(news, board)
-                for task, process in ended:
-                    if process.exitcode and not stop and not any(error.startswith(task.folder) for error in errors):
-                        errors.append(f"{task.folder}: its process ended with {process.exitcode}")
+        running: dict[Any, Task] = {}  # by process
+        errors: dict[str, str] = {}  # by the task's folder
+        try:
+            with Interrupts(patient=True) as interrupts:
+                while running or (waiting and not errors and interrupts.requested is None):
+                    for task in self._ready(waiting, running.values())[: jobs - len(running)]:
+                        if not errors and interrupts.requested is None:
+                            waiting.remove(task)
+                            process = context.Process(target=_work, args=(self, task, threads, news))
+                            process.start()
+                            running[process] = task
+                    if interrupts.requested is not None:
+                        for process in running:
+                            process.terminate()
+                    connection.wait([process.sentinel for process in running], POLL_SECONDS)
+                    ended = [process for process in running if not process.is_alive()]
+                    _pass_on(news, board, errors)
+                    for process in ended:
+                        task = running.pop(process)
+                        if process.exitcode and interrupts.requested is None:
+                            errors.setdefault(task.folder, f"its process ended with {process.exitcode}")
+                if interrupts.requested is not None:
+                    number, interrupts.requested = interrupts.requested, None
+                    raise Interrupted(number, f"stopped; where tasks stand is saved in {self.out}")
+        finally:
+            for process in running:
+                process.terminate()
         if errors:
-            raise TaskError("; ".join(errors))
+            raise TaskError("; ".join(f"{folder}: {error}" for folder, error in errors.items()))
+
+    @staticmethod
+    def _ready(waiting: list[Task], running: Iterable[Task]) -> list[Task]:
+        """Those of the waiting tasks whose parents are trained."""
+        undone = {task.key for task in (*waiting, *running)}
+        return [task for task in waiting if not undone & {parent.key for parent in task.parents}]
 
     def _splits(self, recipe: Recipe) -> Splits:
         splits = _load(recipe.data, self.data, self.device)
         check_classes(recipe, splits)
         for path in self.out.glob("*.json"):
             other = read_record(path)
-            same = DataConfig(**other["recipe"]["data"]) == recipe.data
+            same = replace(DataConfig(**other["recipe"]["data"]), batch_size=recipe.data.batch_size) == recipe.data
             if same and other["data"].get("fingerprint") != splits.fingerprint:
                 raise ValueError(f"{path} was trained on other data than {self.data} holds: choose another folder")
         return splits
@@ -196,16 +206,15 @@ def _work(runs: Runs, task: Task, threads: int, news: Any) -> None:
         sys.exit(1)
 
 
-def _pass_on(news: Any, board: Board) -> list[str]:
-    """Give what processes told to the board; errors are returned."""
-    errors: list[str] = []
+def _pass_on(news: Any, board: Board, errors: dict[str, str]) -> None:
+    """Give what processes told to the board, and note errors."""
     while True:
         try:
             name, step, what = news.get_nowait()
         except queue.Empty:
-            return errors
+            return
         if isinstance(what, str):
-            errors.append(f"{name}: {what}")
+            errors[name] = what
         else:
             board.take((name, step, what))
 

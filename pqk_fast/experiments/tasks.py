@@ -58,6 +58,8 @@ def _changed(config: Any) -> dict[str, Any]:
     changed = {}
     for entry in fields(config):
         value = getattr(config, entry.name)
+        if entry.type == "float":
+            value = float(value)  # 1 is 1.0
         default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
         if value != default:
             changed[entry.name] = _changed(value) if is_dataclass(value) else value
@@ -81,13 +83,20 @@ def tasks_of(recipe: Recipe) -> dict[str, Task]:
 
 
 def _what_matters(recipe: Recipe, stage: str, needs: tuple[str, ...]) -> Recipe:
-    plain = recipe.vanilla or recipe.phase1
+    default = Phase2Config()
+    stages = (*needs, stage)
+    if recipe.phase1_start == "vanilla" and "vanilla" not in stages:
+        stages = ("vanilla", *stages)
+    # a plain network has no step sizes
+    plain = replace(
+        recipe.vanilla or recipe.phase1, step_lr_scale=default.step_lr_scale, step_lr_rule=default.step_lr_rule
+    )
     own = replace(
         recipe,
         name=stage,
         description="",
-        stages=(*needs, stage),
-        vanilla=plain if "vanilla" in (*needs, stage) else None,
+        stages=stages,
+        vanilla=plain if "vanilla" in stages else None,
         finetune=recipe.finetune if stage == "finetune" else FinetuneConfig(),
         distill=recipe.distill if stage == "distill" else DistillConfig(),
     )
@@ -95,9 +104,8 @@ def _what_matters(recipe: Recipe, stage: str, needs: tuple[str, ...]) -> Recipe:
         return replace(own, pqk=PQKConfig(), phase1=PhaseConfig(), phase2=Phase2Config(), phase1_start="scratch")
     if stage == "phase1":
         return replace(own, phase2=Phase2Config())
-    if stage == "finetune":  # cross-entropy alone, with phase 2's schedule
-        default = Phase2Config()
-        cross_entropy = {name: getattr(default, name) for name in ("alpha", "beta", "temperature", "forward")}
+    if stage == "finetune":  # cross-entropy alone, with phase 2's schedule and a rate of its own
+        cross_entropy = {name: getattr(default, name) for name in ("lr", "alpha", "beta", "temperature", "forward")}
         return replace(own, phase2=replace(own.phase2, distill_start=0, **cross_entropy))
     if stage == "distill":
         return replace(own, phase2=replace(own.phase2, distill_start=0, forward="auto"))
