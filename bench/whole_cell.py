@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from bench_step import plain_features
 from torch import Tensor, nn
 
-from pqk_fast.data.load import speech_splits
+from pqk_fast.data.load import Splits, speech_splits
 from pqk_fast.data.speech_commands import CLIP_SAMPLES, Noise, SpeechCommands, SpeechSet
 from pqk_fast.files import replacing
 from pqk_fast.models import create_model
@@ -108,6 +108,12 @@ def plain(model_name: str, steps: int) -> dict[str, float]:
     return times
 
 
+def noise_splits(examples: int) -> Splits:
+    """So many training clips, and as many others as the speech set of the README has for validation."""
+    noise = Noise(torch.randint(-8000, 8000, (20 * CLIP_SAMPLES,), dtype=torch.int16), [0, 20 * CLIP_SAMPLES])
+    return speech_splits(SpeechCommands(clips(examples, 0), clips(VALIDATION, 1), clips(BATCH, 2), noise), BATCH)
+
+
 def ours(model_name: str, steps: int) -> dict[str, float]:
     """The same by the trainer, as the command line calls it."""
     recipe = load_recipe(
@@ -117,9 +123,7 @@ def ours(model_name: str, steps: int) -> dict[str, float]:
             "phase2.distill_start=0",
         ],
     )
-    noise = Noise(torch.randint(-8000, 8000, (20 * CLIP_SAMPLES,), dtype=torch.int16), [0, 20 * CLIP_SAMPLES])
-    data = SpeechCommands(clips(8 * BATCH, 0), clips(VALIDATION, 1), clips(BATCH, 2), noise)
-    splits = speech_splits(data, BATCH)
+    splits = noise_splits(8 * BATCH)
     assert splits.validation is not None
     list(splits.validation)  # as above
     with tempfile.TemporaryDirectory() as out:

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from test_cli import speech  # noqa: F401
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
 from pqk_fast.config import ConfigError, to_dict
 from pqk_fast.data.load import load_splits
-from pqk_fast.experiments.run import new_model, run_recipe
+from pqk_fast.experiments.run import new_model, run_recipe, train_stage
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.tasks import tasks_of
 from pqk_fast.recipe_files import load_recipe
@@ -282,6 +284,35 @@ def test_with_many_classes_the_record_has_no_confusion_matrix(folder, speech, mo
     assert set(record["results"]["vanilla"]) == {"last", "best_dev"}
     assert record["results"]["vanilla"]["last"] == expected
     assert set(record["data"]) == {"name", "train", "validation", "testing", "fingerprint"}
+
+
+def test_the_testing_split_is_what_results_are_of(speech, tmp_path):  # noqa: F811
+    x, y = next(iter(load_splits(recipe(), speech).testing))
+    splits = replace(load_splits(recipe(), speech), testing=[(x[:5], y[:5])])
+    result = run_recipe(recipe("stages=('vanilla',)"), splits, tmp_path)["results"]["vanilla"]
+    assert torch.equal(torch.tensor(result["confusion"]).sum(1), torch.bincount(y[:5], minlength=12))
+    assert {result[moment]["testing"] % 20 for moment in ("last", "best_dev")} == {0}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_draw_by_the_seed_what_they_compare_alike(stage):
+    """The order of the data, and dropout: vanilla and phase 1 have the same, and what starts from phase 1."""
+    told = []
+
+    def runs(train, validation, *teacher):
+        told.append((train, validation, teacher, torch.initial_seed()))
+
+    splits = SimpleNamespace(train=lambda seed: seed, validation="validation")
+    for seed, rank in ((3, 0), (3, 1), (4, 0)):
+        trainer = SimpleNamespace(recipe=recipe(f"seed={seed}"), ranks=SimpleNamespace(rank=rank), **{stage: runs})
+        torch.rand(3)
+        train_stage(trainer, stage, splits, *(["teacher"] if stage == "distill" else []))
+    offset = 0 if stage in ("vanilla", "phase1") else 1
+    teacher = ("teacher",) if stage == "distill" else ()
+    assert told == [
+        (seed, "validation", teacher, seed + 1_000_003 * rank)
+        for seed, rank in ((6 + offset, 0), (6 + offset, 1), (8 + offset, 0))
+    ]
 
 
 def test_a_new_network_depends_on_the_seed_alone():

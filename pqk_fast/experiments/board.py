@@ -57,9 +57,8 @@ class Board:
         total, self._done[name] = self._steps[name], step
         if name not in self._bars:
             self._line[name] = time.monotonic()
-            self._bars[name] = self._progress.add_task(name, total=total, state="")
-            self._progress.reset(self._bars[name], completed=step)  # steps of an earlier process take no time
-            self._progress.reset(self._all, completed=sum(self._done.values()))
+            self._bars[name] = self._progress.add_task(name, total=total, completed=step, state="")
+            self._progress.reset(self._all, completed=sum(self._done.values()))  # an earlier process's take no time
         bar = self._bars[name]
         self._progress.update(self._all, completed=sum(self._done.values()))
         self._progress.update(bar, completed=step)
