@@ -30,6 +30,7 @@ ORDER = (
     "autograd",
     "dual_ops",
     "batch_norm",
+    "pooling",
     "selection",
     "sharding",
     "packing",
@@ -55,7 +56,7 @@ ORDER = (
     "__main__",
 )
 # Parts that stand beside that order, and what each may import. Only experiments and what comes after may import them.
-LEAVES = {"models": (), "data": ("files", "config"), "record": ("files",), "report": ("files", "record")}
+LEAVES = {"models": ("pooling",), "data": ("files", "config"), "record": ("files",), "report": ("files", "record")}
 OPTIONAL = {
     "torchvision", "torchaudio", "matplotlib", "triton", "espeakng_loader", "PIL", "soundfile", "tensorboard",
     "lightning", "pytorch_lightning",
