@@ -17,6 +17,7 @@
 #include "fake_quant.h"
 #include "int4.h"
 #include "parallel.h"
+#include "relu_pool.h"
 #include "tensors.h"
 
 // Found by pqk_fast/native.py in the bytes of the file, before it is loaded.
@@ -204,6 +205,35 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(const Tensor& grad_, const
   return {grad_x, grad_weight, grad_bias};
 }
 
+PoolShape pool_shape(const Tensor& x, int64_t kernel_height, int64_t kernel_width) {
+  STD_TORCH_CHECK(x.dim() == 4 && 0 < kernel_height && kernel_height <= x.size(2) && 0 < kernel_width &&
+                      kernel_width <= x.size(3),
+                  "expected a 4-d x that a window of ", kernel_height, " by ", kernel_width, " fits into");
+  return {x.size(0), x.size(2), x.size(3), x.size(1), kernel_height, kernel_width};
+}
+
+Tensor relu_pool(const Tensor& x, int64_t kernel_height, int64_t kernel_width) {
+  const float* values = of_activations(x, "x");
+  const PoolShape shape = pool_shape(x, kernel_height, kernel_width);
+  const Tensor out = empty_channels_last({shape.batch, shape.channels, shape.pooled_height(), shape.pooled_width()});
+  relu_avg_pool(values, shape, written(out));
+  return out;
+}
+
+Tensor relu_pool_backward(const Tensor& grad_, const Tensor& x, int64_t kernel_height, int64_t kernel_width) {
+  const float* values = of_activations(x, "x");
+  const PoolShape shape = pool_shape(x, kernel_height, kernel_width);
+  const std::array<int64_t, 4> pooled{shape.batch, shape.channels, shape.pooled_height(), shape.pooled_width()};
+  STD_TORCH_CHECK(grad_.is_cpu() && grad_.scalar_type() == ScalarType::Float && grad_.dim() == 4 &&
+                      std::equal(pooled.begin(), pooled.end(), grad_.sizes().begin()),
+                  "grad must be fp32, on the CPU and of the result's shape");
+  Tensor grad = grad_;
+  if (!is_channels_last(grad)) torch::stable::copy_(grad = empty_channels_last(pooled), grad_);
+  const Tensor grad_x = empty_like(x, ScalarType::Float);
+  relu_avg_pool_backward(of_activations(grad, "grad"), values, shape, written(grad_x));
+  return grad_x;
+}
+
 Tensor bytes_like(const Tensor& values, int64_t size, ScalarType dtype) {
   return torch::stable::new_empty(values, {size}, dtype);
 }
@@ -267,6 +297,8 @@ STABLE_TORCH_LIBRARY_IMPL(pqk_fast, CPU, m) {
   m.impl("mask_at_threshold_", TORCH_BOX(&pqk::select_above));
   m.impl("batch_norm", TORCH_BOX(&pqk::normalize));
   m.impl("batch_norm_backward", TORCH_BOX(&pqk::normalize_backward));
+  m.impl("relu_avg_pool2d", TORCH_BOX(&pqk::relu_pool));
+  m.impl("relu_avg_pool2d_backward", TORCH_BOX(&pqk::relu_pool_backward));
   m.impl("pack_ints", TORCH_BOX(&pqk::pack));
   m.impl("unpack_ints", TORCH_BOX(&pqk::unpack));
   m.impl("pack_bits", TORCH_BOX(&pqk::pack_bits));

@@ -53,6 +53,15 @@ bool is_channels_last(const Tensor& tensor) {
   return result && holds(0);
 }
 
+// fp32 on the CPU, [N, C, H, W] with the channels last in memory.
+Tensor empty_channels_last(const std::array<int64_t, 4>& sizes) {
+  const std::array<int64_t, 4> strides{sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]};
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // As torch.empty_like. For dense tensors by the direct way: a call through the dispatcher takes longer than a small
 // layer's whole forward.
 Tensor empty_like(const Tensor& self, ScalarType dtype) {

@@ -267,6 +267,29 @@ batch_norm_backward = define(
 )
 
 
+def _relu_avg_pool2d(x: Tensor, kernel_height: int, kernel_width: int) -> Tensor:
+    return reference.relu_avg_pool2d(x, (kernel_height, kernel_width))
+
+
+def _relu_avg_pool2d_backward(grad: Tensor, x: Tensor, kernel_height: int, kernel_width: int) -> Tensor:
+    settings: tuple[Any, ...] = ([kernel_height, kernel_width], [], [0, 0], False, True, None)
+    spread = torch.ops.aten.avg_pool2d_backward(grad, x, *settings)
+    return _laid_out(torch.ops.aten.threshold_backward(spread, x, 0), x)
+
+
+# x: fp32 [B, C, H, W]. For channels_last on the CPU, where it writes and reads half of what torch's two operations do.
+relu_avg_pool2d = define(
+    "relu_avg_pool2d(Tensor x, int kernel_height, int kernel_width) -> Tensor",
+    _relu_avg_pool2d,
+    _relu_avg_pool2d,
+)
+relu_avg_pool2d_backward = define(
+    "relu_avg_pool2d_backward(Tensor grad, Tensor x, int kernel_height, int kernel_width) -> Tensor",
+    _relu_avg_pool2d_backward,
+    lambda grad, x, *_: torch.empty_like(x),
+)
+
+
 def one_by_one(operation: Any) -> None:
     """What torch.vmap does with an operation: call it for each sample."""
 
@@ -288,5 +311,7 @@ one_by_one(fake_quant_backward)
 one_by_one(dual_weight_backward)
 one_by_one(batch_norm)
 one_by_one(batch_norm_backward)
+one_by_one(relu_avg_pool2d)
+one_by_one(relu_avg_pool2d_backward)
 
 native.library()

@@ -250,3 +250,8 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor, numel: int) -> Tensor:
     """The inverse of :func:`pack_bits`: bool ``[numel]``."""
     return unpack_ints(packed, numel, 1) != 0
+
+
+def relu_avg_pool2d(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Mean of ``max(x, 0)`` over windows that neither overlap nor are padded: ``[B, C, H, W] -> [B, C, H', W']``."""
+    return F.avg_pool2d(F.relu(x), kernel)

@@ -164,6 +164,8 @@ def arguments(case: Case, dtype: torch.dtype, device: str) -> dict[Any, tuple]:
         ),
         dispatch.batch_norm: (images, scale, None, 1e-5),
         dispatch.batch_norm_backward: (images + 1, images, scale, scale - 1, scale),
+        dispatch.relu_avg_pool2d: (images, 3, 1),
+        dispatch.relu_avg_pool2d_backward: (images[:, :, :1] + 1, images, 3, 1),
         dispatch.pack_ints: ((4 * grad).clamp(-8, 7).to(torch.int8), 4),
         dispatch.unpack_ints: (torch.arange(grad.numel() * 3, device=device).to(torch.uint8), grad.numel() * 8, 3),
         dispatch.pack_bits: (mask,),

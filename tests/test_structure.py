@@ -30,6 +30,7 @@ ORDER = (
     "autograd",
     "dual_ops",
     "batch_norm",
+    "pooling",
     "selection",
     "sharding",
     "packing",
@@ -56,7 +57,7 @@ ORDER = (
 )
 # Parts that stand beside that order, and what each may import. Only experiments and what comes after may import them.
 LEAVES = {
-    "models": (),
+    "models": ("pooling",),
     "data": ("files", "config"),
     "record": ("files",),
     "pages": ("files",),
