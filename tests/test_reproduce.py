@@ -162,14 +162,6 @@ def test_baselines_are_compared_seed_by_seed_at_equal_steps(results):
     assert rows["pruning alone, then finetuning"]["bits"] == "32"
 
 
-def test_minutes_count_every_stage_from_which_one_starts(results):
-    written(results, BASE, "phase1", [70.0])
-    assert not len(results.minutes("baseline-kd", "distill"))
-    written(results, BASE, "vanilla", [88.0])
-    written(results, "baseline-kd", "distill", [80.0])
-    assert results.minutes("baseline-kd", "distill").values == {0: 3.0}
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_plan_has_each_task_once_and_all_seeds(results, target):
     tasks = plan([target], results)

@@ -102,9 +102,8 @@ def _baselines(results: Results, page: Page) -> None:
     page.heading("What one would have picked instead")
     page.text(
         "The same network, data, optimizer and batches for all, and the same number of steps but for vanilla; "
-        "quantized ones at 4 bits, pruned ones at 90 %. The two with a separate teacher need its training on top (the "
-        "vanilla network's, counted in the minutes, not in the steps); a step of phase 2 runs the network twice. "
-        "Minutes are those of the machines above, several trainings at a time."
+        "quantized ones at 4 bits, pruned ones at 90 %. Passes are forward and backward passes of the network a step: "
+        "phase 2 takes two, and the two with a separate teacher need its training too (the vanilla network's)."
     )
     page.table(tables.baselines(results))
     methods = [(m.title, results.sample(m.recipe, m.result)) for m in tables.METHODS]

@@ -73,23 +73,3 @@ class Results:
         records = self.records(name, STAGE_OF[result], *settings)
         values = {seed: record["results"][result][moment][split] for seed, record in records.items()}
         return Sample({seed: value for seed, value in values.items() if value is not None})
-
-    def minutes(self, name: str, stage: str) -> Sample:
-        """Training time with that of all stages that this one starts from."""
-        values = {}
-        for task in self.tasks(name, [stage]):
-            seconds = [self._seconds(needed) for needed in _with_parents(task)]
-            if None not in seconds:
-                values[task.recipe.seed] = sum(s for s in seconds if s is not None) / 60
-        return Sample(values)
-
-    def _seconds(self, task: Task) -> float | None:
-        record = self.runs.record(task)
-        return None if record is None else float(record["seconds"][task.stage])
-
-
-def _with_parents(task: Task) -> list[Task]:
-    tasks = {task.key: task}
-    for parent in task.parents:
-        tasks.update({needed.key: needed for needed in _with_parents(parent)})
-    return list(tasks.values())

@@ -129,7 +129,7 @@ def baselines(results: Results) -> Table:
     """Every method at the same number of steps, and what PQK's student is above it."""
     table = Table(
         "Baselines at equal steps: res8-narrow, accuracy (%)",
-        ("", "bits", "sparse", "steps", "passes", "minutes", "validation", "testing", "PQK minus it", "seeds"),
+        ("", "bits", "sparse", "steps", "passes", "validation", "testing", "PQK minus it", "seeds"),
     )
     student = results.sample(BASE, "phase2_p")
     for method in METHODS:
@@ -142,7 +142,6 @@ def baselines(results: Results) -> Table:
             steps.insert(0, str((recipe.vanilla or recipe.phase1).steps))
         if stage not in ("vanilla", "phase1"):
             steps.append(str(recipe.phase2.steps))
-        minutes = results.minutes(method.recipe, stage)
         table.rows.append(
             [
                 method.title,
@@ -150,7 +149,6 @@ def baselines(results: Results) -> Table:
                 "-" if vanilla or not recipe.pqk.sparsity else f"{100 * recipe.pqk.sparsity:.0f} %",
                 " + ".join(steps),
                 method.cost,
-                f"{minutes.mean:.0f}" if len(minutes) else "-",
                 results.sample(method.recipe, method.result, split="validation").text(),
                 testing.text(),
                 "" if method.result == "phase2_p" else student.minus(testing).text(sign=True),
