@@ -14,6 +14,7 @@ from cases import package
 
 from pqk_fast import cli
 from pqk_fast.callbacks import ProgressDisplay
+from pqk_fast.commands import training
 from pqk_fast.data.speech_commands import KEYWORDS
 
 TINY = [
@@ -121,7 +122,7 @@ def test_an_unfinished_run_goes_on_with_resume_and_is_not_started_over(speech, t
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "ProgressDisplay", Stop)
+        patch.setattr(training, "ProgressDisplay", Stop)
         assert cli.main(command) == 128 + signal.SIGTERM
     printed = " ".join(capsys.readouterr().out.split())
     assert "SIGTERM: phase2 stopped after step 1 of 4" in printed
@@ -243,7 +244,7 @@ def test_the_demo_recipe_end_to_end_in_miniature(run, tmp_path, monkeypatch, spe
     """`pqk-fast demo` with the synthesizer replaced by the tiny data set; the synthesizer has tests of its own."""
     from pqk_fast.data.speech_commands import load_speech_commands
 
-    monkeypatch.setattr(cli, "make_words", lambda recipe, progress: load_speech_commands(speech))
+    monkeypatch.setattr(training, "make_words", lambda recipe, progress: load_speech_commands(speech))
     command = ["demo", "--out", str(tmp_path / "demo"), "--device", "cpu", *SETTINGS]
     assert cli.main(command) == 0
     assert cli.main(command) == 0, "the demo can be run again"

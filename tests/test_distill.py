@@ -17,6 +17,7 @@ from pqk_fast import PQKConfig, cli, param_groups, reference
 from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import load_checkpoint
+from pqk_fast.commands import training
 from pqk_fast.config import DistillConfig, Phase2Config, PhaseConfig, to_dict
 from pqk_fast.data.load import Splits
 from pqk_fast.experiments import run as experiments
@@ -158,10 +159,10 @@ def test_a_frozen_teacher_stays_what_it_was():
     before = copy.deepcopy(teacher.state_dict())
     distilled(0, teacher, watch=watch)
     assert len(watch.after) == 12
-    for state, grads, learns, training in watch.after:
+    for state, grads, learns, mode in watch.after:
         assert_same(of_teacher(state), before)
         assert all(grad is None for name, grad in grads.items() if name.startswith("teacher."))
-        assert (learns, training) == (False, {False})
+        assert (learns, mode) == (False, {False})
     assert_same(teacher.state_dict(), before)
     assert all(module.training for module in teacher.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
@@ -387,8 +388,8 @@ def test_a_whole_run_stopped_in_distill_goes_on(tmp_path):
 def test_eval_of_a_run_with_a_distill_stage(tmp_path, monkeypatch, capsys):
     whole = short(5, stages=(*STAGES, "phase2"))
     record = run_recipe(whole, splits(), tmp_path)
-    monkeypatch.setattr(cli, "create_model", lambda name, classes: net())
-    monkeypatch.setattr(cli, "load_splits", lambda recipe, data, device: splits())
+    monkeypatch.setattr(training, "create_model", lambda name, classes: net())
+    monkeypatch.setattr(training, "load_splits", lambda recipe, data, device: splits())
     for split in ("validation", "testing"):
         assert cli.main(["eval", str(tmp_path), "--data", "x", "--split", split, "--device", "cpu"]) == 0
         printed = capsys.readouterr().out

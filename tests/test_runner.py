@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from test_cli import speech  # noqa: F401
 
+from pqk_fast import gpu
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
 from pqk_fast.config import ConfigError, to_dict
 from pqk_fast.data.load import load_splits
@@ -44,9 +45,13 @@ TASKS = tasks_of(recipe())
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    """And plain PyTorch rather than interpreted kernels where the C++ library is switched off."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if gpu.interpreted():
+            patch.setattr(gpu, "launcher", lambda name: None)
+        yield
     torch.set_num_threads(before)
 
 
@@ -321,3 +326,8 @@ def test_a_new_network_depends_on_the_seed_alone():
     torch.rand(5)
     torch.testing.assert_close(new_model(recipe("pqk.bits=8")).state_dict(), first, rtol=0, atol=0)
     assert not torch.equal(new_model(recipe("seed=4")).state_dict()["conv0.weight"], first["conv0.weight"])
+
+
+def test_a_task_of_another_precision_is_refused(trained, speech):  # noqa: F811
+    with pytest.raises(ConfigError, match="was trained in fp32, not in bf16"):
+        Runs(trained, speech, precision="bf16").train_all([TASKS["vanilla"]])

@@ -52,6 +52,8 @@ ORDER = (
     "training",
     "trainer",
     "experiments",
+    "deploy",
+    "commands",
     "cli",
     "__main__",
 )

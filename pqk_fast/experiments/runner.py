@@ -95,8 +95,10 @@ class Runs:
 
         Raises Interrupted after SIGINT or SIGTERM, when all have saved where they stand; with several jobs TaskError if
         a task failed, when those that were running have ended, else its error itself: ValueError if the folder holds
-        records of other data.
+        records of other data. ConfigError if a finished task was trained in another precision.
         """
+        tasks = list(tasks)
+        self._check_precision(tasks)
         waiting = self.missing(tasks)
         if not waiting:
             return
@@ -141,6 +143,15 @@ class Runs:
                 process.terminate()
         if errors:
             raise TaskError("; ".join(f"{folder}: {error}" for folder, error in errors.items()))
+
+    def _check_precision(self, tasks: list[Task]) -> None:
+        wanted = self.options.get("precision", "fp32")
+        for task in tasks:
+            record = self.record(task)
+            if record is not None and (found := record.get("options", {}).get("precision", wanted)) != wanted:
+                raise ConfigError(
+                    f"{task.folder} was trained in {found}, not in {wanted}: choose another folder, or that precision"
+                )
 
     @staticmethod
     def _ready(waiting: list[Task], running: Iterable[Task]) -> list[Task]:
