@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -57,10 +58,15 @@ class Table:
 
     def rich(self) -> RichTable:
         """For a terminal."""
-        table = RichTable(title=escape(self.title))
+        table = RichTable(title=escape(self.title), box=SIMPLE_HEAD, pad_edge=False)
         for i, column in enumerate(self.columns):
             # one word a line keeps the columns narrow; names may wrap, numbers may not
-            table.add_column(escape(column.replace(" ", "\n")), justify="right" if i else "left", no_wrap=i > 0)
+            table.add_column(
+                escape(column.replace(" ", "\n")),
+                justify="right" if i else "left",
+                no_wrap=i > 0,
+                min_width=0 if i else 8,
+            )
         for i, row in enumerate(self.rows):
             # Text, not str: rich would read square brackets in names as its markup
             table.add_row(*(Text(cell, style="bold" if (i, j) in self.bold else "") for j, cell in enumerate(row)))
