@@ -1,9 +1,11 @@
-"""``pqk-fast export`` and ``inspect``."""
+"""``pqk-fast export``, ``inspect`` and ``spot``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from pqk_fast.branches import pqk_layers
 from pqk_fast.checkpoint import load_checkpoint
 from pqk_fast.commands.options import Commands, command, console
 from pqk_fast.config import Recipe, recipe_from_dict
-from pqk_fast.data.speech_commands import LABELS
+from pqk_fast.data.speech_commands import LABELS, SAMPLE_RATE
 from pqk_fast.deploy import sizes
-from pqk_fast.deploy.packed import save_packed
+from pqk_fast.deploy.packed import fill, save_packed
 from pqk_fast.deploy.reader import read_packed
+from pqk_fast.deploy.spot import Detector, Spotter, read_pcm_chunks, read_wav_chunks
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
 
@@ -36,6 +39,13 @@ def add(commands: Commands) -> None:
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--json", action="store_true", help="as JSON")
     sub.add_argument("--page", type=Path, metavar="DIR", help="also write FILE's name.md and .html into DIR")
+
+    sub = command(commands, spot, "spot", "listen for keywords in a recording or a stream")
+    sub.add_argument("audio", metavar="FILE.wav|-", help="a 16 kHz mono WAV file; -: 16 kHz 16-bit PCM from the input")
+    sub.add_argument("--model", type=Path, required=True, metavar="FILE", help="a packed student")
+    sub.add_argument("--threshold", type=float, default=0.75, help="score to report a word (default: %(default)s)")
+    sub.add_argument("--hop", type=float, default=0.1, metavar="S", help="seconds between looks (default: %(default)s)")
+    sub.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def load_student(run: Path, stage: str | None = None, best: bool = False) -> tuple[nn.Module, Recipe, str]:
@@ -83,3 +93,31 @@ def inspect(args: argparse.Namespace) -> None:
     if args.page:
         paths = sizes.page_of(packed, args.file.name).write(args.page, args.file.stem)
         console.print(escape(f"written: {', '.join(map(str, paths))}"))
+
+
+def spot(args: argparse.Namespace) -> None:
+    packed = read_packed(args.model)
+    labels = packed.metadata.get("labels")
+    if not isinstance(labels, list) or len(labels) != packed.metadata.get("classes"):
+        raise ValueError(f"{args.model} does not name its classes: export it from a run on speech")
+    spotter = Spotter(fill(packed), Detector(labels, args.hop, threshold=args.threshold))
+    chunks = read_pcm_chunks(sys.stdin.buffer) if args.audio == "-" else read_wav_chunks(args.audio)
+    busy, found = 0.0, 0
+    try:
+        while True:
+            chunk = next(chunks, None)  # waiting for a microphone is no work
+            start = time.perf_counter()
+            for word in spotter.end() if chunk is None else spotter.feed(chunk):
+                found += 1
+                line = {"time": round(word.time, 2), "word": word.word, "score": round(word.score, 3)}
+                shown = json.dumps(line) if args.json else f"{word.time:8.2f} s  {word.word:8}  {word.score:.2f}"
+                print(shown, flush=True)
+            busy += time.perf_counter() - start
+            if chunk is None:
+                break
+    finally:
+        heard = spotter.samples / SAMPLE_RATE
+        factor = busy / heard if heard else 0.0
+        about = {"seconds": round(heard, 2), "words": found, "real_time_factor": round(factor, 4)}
+        text = f"{found} words in {heard:.1f} s, {factor:.3f} of real time"
+        print(json.dumps(about) if args.json else text, file=sys.stdout if args.json else sys.stderr, flush=True)
