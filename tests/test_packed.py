@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import package
 from small_run import net
 from torch import nn
 
@@ -95,7 +96,7 @@ def test_sizes_at_four_bits_and_ninety_percent(tmp_path: Path) -> None:
 
 
 def test_it_is_a_safetensors_file(tmp_path: Path) -> None:
-    safe_open = pytest.importorskip("safetensors").safe_open
+    safe_open = package("safetensors").safe_open
     save_packed(student(net()), tmp_path / "s.pqk")
     with safe_open(str(tmp_path / "s.pqk"), "np") as file:
         assert file.metadata() == {"format": "pqk_fast packed", "version": "1"}

@@ -5,6 +5,7 @@ import struct
 from dataclasses import replace
 
 import pytest
+from cases import package
 
 from pqk_fast import cli
 from pqk_fast.config import ConfigError, to_dict
@@ -200,7 +201,7 @@ def test_the_page_without_records_says_so(results, tmp_path):
 
 
 def test_the_page_has_tables_and_pictures_and_needs_no_network(results, tmp_path):
-    pytest.importorskip("matplotlib")
+    package("matplotlib")
     fill(results)
     markdown, page = make_page(TARGETS, results).write(tmp_path, "results")
     text, html = markdown.read_text(), page.read_text()
@@ -218,7 +219,7 @@ def test_the_page_has_tables_and_pictures_and_needs_no_network(results, tmp_path
 
 
 def test_pictures_refuse_what_cannot_be_drawn(results):
-    pytest.importorskip("matplotlib")
+    package("matplotlib")
     with pytest.raises(ValueError, match="no seed has phase 1, phase 2 and finetuning"):
         pictures.fig2({}, {}, {})
     with pytest.raises(ValueError, match="no phase 1"):
@@ -228,7 +229,7 @@ def test_pictures_refuse_what_cannot_be_drawn(results):
 
 
 def test_a_confusion_matrix_grows_with_its_classes():
-    pytest.importorskip("matplotlib")
+    package("matplotlib")
     small = pictures.confusion_matrix([[1, 0], [0, 0]], ["a", "b"], "t")
     large = pictures.confusion_matrix([[1] * 12] * 12, [str(i) for i in range(12)], "t")
     assert struct.unpack(">I", large[16:20]) > struct.unpack(">I", small[16:20])
@@ -242,7 +243,7 @@ SMALL = [
 
 @pytest.mark.slow
 def test_the_command_trains_what_is_missing_and_writes_the_page(tmp_path, capsys):
-    pytest.importorskip("espeakng_loader")
+    package("espeakng_loader")
     settings = [part for setting in SMALL for part in ("--set", setting)]
     command = ["reproduce", "fig2", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path), *settings]
     assert cli.main([*command, "--list"]) == 0
