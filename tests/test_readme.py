@@ -31,4 +31,5 @@ def test_the_drop_in_example_gives_a_sparse_low_bit_model():
 def test_the_commands_are_there():
     commands = set(re.findall(r"pqk-fast (\w+)", README))
     assert commands >= {"train", "eval", "recipes", "doctor"}
-    assert all(f"    {name} " in cli._parser().format_help() for name in commands)
+    listed = set(re.findall(r"^    (\w+)(?: |$)", cli._parser().format_help(), re.MULTILINE))
+    assert commands <= listed
