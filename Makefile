@@ -37,7 +37,7 @@ sanitize: install
 	  $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PQK_FAST_REQUIRE_NATIVE=1 PQK_FAST_LIBRARY=$(SANITIZED)/pqk_fast/_C.abi3.so \
-	  $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py tests/test_batch_norm.py tests/test_pooling.py tests/test_dual_forward.py -k 'not opcheck' --capture=no -q
+	  $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py tests/test_batch_norm.py tests/test_pooling.py tests/test_runtime.py tests/test_dual_forward.py -k 'not opcheck' --capture=no -q
 
 # The tests of the operations on the GPU's kernels, which Triton's interpreter runs on the CPU.
 OPERATIONS := dispatch fake_quant topk_mask int4 dual_forward fusion masks layers ops

@@ -1,5 +1,5 @@
 // Compiles PQK_KERNELS, after simd_inline.h, once for each instruction set: see simd.h. PQK_ISA is 0 (baseline),
-// 2 (AVX2) or 512 (AVX-512: F, BW, DQ, VL). Standard headers must be included before this one.
+// 2 (AVX2, FMA) or 512 (AVX-512: F, BW, DQ, VL). Standard headers must be included before this one.
 #define PQK_ISA 0
 namespace pqk::baseline {
 namespace {
@@ -13,10 +13,10 @@ namespace {
 
 #define PQK_ISA 2
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 namespace pqk::avx2 {
 namespace {

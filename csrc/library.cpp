@@ -18,6 +18,7 @@
 #include "int4.h"
 #include "parallel.h"
 #include "relu_pool.h"
+#include "sparse_infer.h"
 #include "tensors.h"
 
 // Found by pqk_fast/native.py in the bytes of the file, before it is loaded.
@@ -234,6 +235,44 @@ Tensor relu_pool_backward(const Tensor& grad_, const Tensor& x, int64_t kernel_h
   return grad_x;
 }
 
+// Nothing is read before all places are known to lie within the padded planes.
+Taps checked_taps(const Tensor& first, const Tensor& offset, const Tensor& value, const SparseShape& shape) {
+  const int64_t taps = value.numel();
+  STD_TORCH_CHECK(first.is_cpu() && offset.is_cpu() && value.is_cpu() && first.is_contiguous() &&
+                      offset.is_contiguous() && value.is_contiguous() && first.scalar_type() == ScalarType::Int &&
+                      offset.scalar_type() == ScalarType::Int && value.scalar_type() == ScalarType::Float &&
+                      first.numel() == shape.outputs + 1 && offset.numel() == taps,
+                  "first and offset must be int32, value fp32, contiguous and on the CPU, with one entry for each tap");
+  const Taps made{static_cast<const int32_t*>(first.const_data_ptr()),
+                  static_cast<const int32_t*>(offset.const_data_ptr()), static_cast<const float*>(value.const_data_ptr())};
+  bool rising = made.first[0] == 0 && made.first[shape.outputs] == taps, within = true;
+  for (int64_t o = 0; o < shape.outputs; ++o) rising &= made.first[o] <= made.first[o + 1];
+  const int64_t last = shape.padded_size() - shape.positions();
+  for (int64_t t = 0; t < taps; ++t) within &= made.offset[t] >= 0 && made.offset[t] <= last;
+  STD_TORCH_CHECK(rising && within, "the taps do not lie within the padded input: they are of another size");
+  return made;
+}
+
+Tensor sparse_conv(const Tensor& x_, const Tensor& first, const Tensor& offset, const Tensor& value,
+                   std::optional<Tensor> bias, std::vector<int64_t> geometry, bool relu) {
+  STD_TORCH_CHECK(x_.is_cpu() && x_.scalar_type() == ScalarType::Float && x_.dim() == 4,
+                  "x must be fp32 [B, C, H, W] on the CPU");
+  STD_TORCH_CHECK(geometry.size() == 6 && first.numel() > 0 && std::min({geometry[0], geometry[1], geometry[2], geometry[3]}) > 0 &&
+                      std::min(geometry[4], geometry[5]) >= 0,
+                  "geometry must be the kernel's reach, stride and padding, two each");
+  const Tensor x = torch::stable::contiguous(x_);
+  const SparseShape shape{x.size(0),   x.size(1),   x.size(2),   x.size(3),   first.numel() - 1, geometry[0],
+                          geometry[1], geometry[2], geometry[3], geometry[4], geometry[5]};
+  STD_TORCH_CHECK(shape.height + 2 * shape.padding_height >= shape.kernel_height &&
+                      shape.width + 2 * shape.padding_width >= shape.kernel_width,
+                  "the kernel is larger than the padded input");
+  const Taps taps = checked_taps(first, offset, value, shape);
+  const Tensor out = torch::stable::new_empty(x, {shape.batch, shape.outputs, shape.out_height(), shape.out_width()});
+  sparse_conv2d(static_cast<const float*>(x.const_data_ptr()), shape, taps, of_channels(bias, shape.outputs, "bias"), relu,
+                written(out));
+  return out;
+}
+
 Tensor bytes_like(const Tensor& values, int64_t size, ScalarType dtype) {
   return torch::stable::new_empty(values, {size}, dtype);
 }
@@ -299,6 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(pqk_fast, CPU, m) {
   m.impl("batch_norm_backward", TORCH_BOX(&pqk::normalize_backward));
   m.impl("relu_avg_pool2d", TORCH_BOX(&pqk::relu_pool));
   m.impl("relu_avg_pool2d_backward", TORCH_BOX(&pqk::relu_pool_backward));
+  m.impl("sparse_conv2d", TORCH_BOX(&pqk::sparse_conv));
   m.impl("pack_ints", TORCH_BOX(&pqk::pack));
   m.impl("unpack_ints", TORCH_BOX(&pqk::unpack));
   m.impl("pack_bits", TORCH_BOX(&pqk::pack_bits));

@@ -290,6 +290,31 @@ relu_avg_pool2d_backward = define(
 )
 
 
+def _sparse_conv2d(
+    x: Tensor, first: Tensor, offset: Tensor, value: Tensor, bias: Tensor | None, geometry: list[int], relu: bool
+) -> Tensor:
+    return reference.sparse_conv2d(x, first, offset, value, bias, geometry, relu)
+
+
+def _sparse_conv2d_shape(x: Tensor, first: Tensor, *rest: Any) -> Tensor:
+    *_, geometry, _ = rest
+    sizes = [
+        (size + 2 * padding - kernel) // stride + 1
+        for size, kernel, stride, padding in zip(x.shape[2:], geometry[:2], geometry[2:4], geometry[4:], strict=True)
+    ]
+    return x.new_empty(x.shape[0], first.numel() - 1, *sizes)
+
+
+# x: fp32 [B, C, H, W]; first: int32 [outputs + 1], offset: int32 [taps], value: fp32 [taps]: see csrc/sparse_infer.h.
+# geometry: the kernel's reach, stride and padding, two each. For inference: it has no gradient.
+sparse_conv2d = define(
+    "sparse_conv2d(Tensor x, Tensor first, Tensor offset, Tensor value, Tensor? bias, int[] geometry, bool relu) "
+    "-> Tensor",
+    _sparse_conv2d,
+    _sparse_conv2d_shape,
+)
+
+
 def one_by_one(operation: Any) -> None:
     """What torch.vmap does with an operation: call it for each sample."""
 

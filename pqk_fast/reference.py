@@ -255,3 +255,34 @@ def unpack_bits(packed: Tensor, numel: int) -> Tensor:
 def relu_avg_pool2d(x: Tensor, kernel: tuple[int, int]) -> Tensor:
     """Mean of ``max(x, 0)`` over windows that neither overlap nor are padded: ``[B, C, H, W] -> [B, C, H', W']``."""
     return F.avg_pool2d(F.relu(x), kernel)
+
+
+def sparse_conv2d(
+    x: Tensor,
+    first: Tensor,
+    offset: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    relu: bool = False,
+) -> Tensor:
+    """A convolution by its nonzero weights alone, ``x [B, C, H, W] -> [B, outputs, H', W']``.
+
+    ``geometry`` is the kernel's reach, stride and padding, two each. The padded input is dealt out to stride x stride
+    planes, in whose memory the input of position p (row * pitch + column) of an output is at ``offset + p``.
+    """
+    (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = zip(*[iter(geometry)] * 2, strict=True)
+    height, width = x.shape[2] + 2 * pad_h, x.shape[3] + 2 * pad_w
+    rows, pitch = -(-height // stride_h), -(-width // stride_w)
+    fill = (pad_w, pitch * stride_w - width + pad_w, pad_h, rows * stride_h - height + pad_h)
+    padded = torch.nn.functional.pad(x, fill).unflatten(2, (rows, stride_h)).unflatten(4, (pitch, stride_w))
+    planes = padded.permute(0, 1, 3, 5, 2, 4).flatten(1)  # [B, C * stride_h * stride_w * rows * pitch]
+    out_h, out_w = (height - kernel_h) // stride_h + 1, (width - kernel_w) // stride_w + 1
+    places = (torch.arange(out_h)[:, None] * pitch + torch.arange(out_w)).flatten().to(x.device)
+    terms = planes[:, offset.long()[:, None] + places] * value[:, None]
+    counts = first.diff()
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts.long())
+    out = terms.new_zeros(x.shape[0], len(counts), len(places)).index_add_(1, owner, terms)
+    if bias is not None:
+        out = out + bias[:, None]
+    return (out.relu() if relu else out).unflatten(2, (out_h, out_w))
