@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import package
 from test_packed import res8_narrow, student
 
 import pqk_fast as pqk
@@ -135,3 +136,20 @@ def test_other_forms_are_what_they_are_said_to_be(tmp_path: Path) -> None:
     assert forms["rows of values and 32-bit columns (CSR), fp32"] == sum(
         4 * (m.values().numel() + m.col_indices().numel() + m.crow_indices().numel()) for m in csr
     )
+
+
+def test_export_writes_every_format(run: Path, networks, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(2, 101, 40)
+    for name in ("pt2", "c", "onnx"):
+        if name == "onnx":
+            package("onnx")
+            package("onnxscript")
+        assert cli.main(["export", str(run), "--format", name, "--out", str(run.parent / f"student.{name}")]) == 0
+        out = capsys.readouterr().out
+        assert "the student of phase2" in out
+        assert "bytes" in out
+    loaded = torch.export.load(run.parent / "student.pt2").module()
+    torch.testing.assert_close(loaded(x), networks["phase2"](x), rtol=1e-5, atol=1e-5)
+    assert "student_run" in (run.parent / "student.h").read_text()
+    model = package("onnx").load(run.parent / "student.onnx")
+    assert {entry.key: entry.value for entry in model.metadata_props}["model"] == "res8_narrow"

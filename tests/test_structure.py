@@ -67,7 +67,7 @@ LEAVES = {
 }
 OPTIONAL = {
     "torchvision", "torchaudio", "matplotlib", "triton", "espeakng_loader", "PIL", "soundfile", "tensorboard",
-    "lightning", "pytorch_lightning",
+    "lightning", "pytorch_lightning", "onnx", "onnxruntime", "onnxscript",
 }  # fmt: skip
 # Modules for users of another package, whose classes they extend: they import it at their top, and nothing else in the
 # library imports them.

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
-from torch import nn
+from torch import Tensor, nn
 
 from pqk_fast.branches import pqk_layers
 from pqk_fast.checkpoint import load_checkpoint
@@ -18,19 +19,51 @@ from pqk_fast.commands.options import Commands, command, console
 from pqk_fast.config import Recipe, recipe_from_dict
 from pqk_fast.data.speech_commands import LABELS, SAMPLE_RATE
 from pqk_fast.deploy import sizes
+from pqk_fast.deploy.c_source import export_c
+from pqk_fast.deploy.onnx import export_onnx
 from pqk_fast.deploy.packed import fill, save_packed
+from pqk_fast.deploy.program import export_program
 from pqk_fast.deploy.reader import read_packed
 from pqk_fast.deploy.spot import Detector, Spotter, read_pcm_chunks, read_wav_chunks
 from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
 
+SPEECH_SHAPE = (1, 101, 40)
+INPUT_SHAPES = {"cifar100": (1, 3, 32, 32)}
 STAGES = ("phase2", "finetune", "distill", "phase1")  # the student of the first that there is
+
+
+def _write_packed(model: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> str:
+    return f"{path}: {save_packed(model, path, metadata):,} bytes"
+
+
+def _write_onnx(model: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> str:
+    return f"{path}: {export_onnx(model, example, path, metadata):,} bytes"
+
+
+def _write_program(model: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> str:
+    return f"{path}: {export_program(model, example, path, metadata):,} bytes"
+
+
+def _write_c(model: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> str:
+    report = export_c(model, example, path)
+    code = "" if report.code is None else f", {report.code:,} of them code by {report.compiler}"
+    return f"{report.source}, {report.header}: flash {report.flash:,} bytes{code}; RAM {report.scratch:,} bytes"
+
+
+WRITERS = {"packed": _write_packed, "onnx": _write_onnx, "pt2": _write_program, "c": _write_c}
 
 
 def add(commands: Commands) -> None:
     sub = command(commands, export, "export", "write a run's student as a small file")
     sub.add_argument("run", type=Path, metavar="RUN", help="run folder or checkpoint file")
-    sub.add_argument("--format", choices=("packed",), default="packed", help="(default: %(default)s)")
+    sub.add_argument(
+        "--format",
+        choices=tuple(WRITERS),
+        default="packed",
+        help="packed: this library's small file; onnx: INT4 or INT8 weights; pt2: torch.export's; c: a C99 source and "
+        "header (default: %(default)s)",
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="PATH", help="file to write")
     sub.add_argument("--stage", choices=STAGES, help="whose student (default: the last of those that ran)")
     sub.add_argument("--best", action="store_true", help="of the best epoch on validation, not the last")
@@ -78,9 +111,10 @@ def export(args: argparse.Namespace) -> None:
     metadata: dict[str, Any] = {"model": recipe.model, "classes": recipe.data.classes}
     if recipe.data.name != "cifar100" and recipe.data.classes == len(LABELS):
         metadata["labels"] = list(LABELS)
-    size = save_packed(model, args.out, metadata)
+    example = torch.zeros(INPUT_SHAPES.get(recipe.data.name, SPEECH_SHAPE))
+    written = WRITERS[args.format](model, example, args.out, metadata)
     weights = sum(layer.weight.numel() for layer in pqk_layers(model).values())
-    console.print(escape(f"{args.out}: {size:,} bytes, the student of {stage} ({recipe.model}, {weights:,} weights)"))
+    console.print(escape(f"{written}, the student of {stage} ({recipe.model}, {weights:,} weights)"))
 
 
 def inspect(args: argparse.Namespace) -> None:
