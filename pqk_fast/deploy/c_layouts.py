@@ -182,7 +182,7 @@ def store_struct(constants: Constants, op: Conv | Pool | Rearrange) -> str:
 
 def comment(text: str) -> str:
     """Text that ends no comment and begins none."""
-    return re.sub(r"[^ -~]|\*", "?", text)
+    return re.sub(r"[^ -~]|[*?\\]", "_", text)
 
 
 def identifier(name: str) -> str:
