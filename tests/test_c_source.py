@@ -95,14 +95,14 @@ class EveryOperation(nn.Module):
 
 
 class Sum(nn.Module):
-    """A layer for every number of bits and share of kept weights, side by side."""
+    """Layers of every number of bits with many, some and few kept weights, and one with none, side by side."""
 
-    DENSITIES = (1.0, 0.5, 0.05, 0.0)
+    LAYERS = (*itertools.product(range(2, 9), (1.0, 0.5, 0.05)), (4, 0.0))
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
-        for bits, density in itertools.product(range(2, 9), self.DENSITIES):
+        for bits, density in self.LAYERS:
             layer = student(nn.Conv2d(2, 5, 3, bias=False), bits=bits, sparsity=0.5)
             step, most = layer.weight_step, 2 ** (bits - 1) - 1
             q = torch.randint(1, most + 1, layer.weight.shape) * (torch.randint(0, 2, layer.weight.shape) * 2 - 1)
@@ -240,7 +240,7 @@ def test_it_compiles_for_32_bits_without_a_c_library(exported: Callable[[str], E
 
 def test_each_layer_takes_the_smallest_layout(exported: Callable[[str], Exported]) -> None:
     made = exported("sum")
-    found = dict(zip(itertools.product(range(2, 9), Sum.DENSITIES), made.report.layers, strict=True))
+    found = dict(zip(Sum.LAYERS, made.report.layers, strict=True))
     for (bits, density), layer in found.items():
         mask = made.model.get_submodule(layer.name.removesuffix(".weight")).weight_mask
         kept = int(mask.sum())

@@ -1,1 +1,1 @@
-"""Whole runs: a recipe's stages in order, their results and the record."""
+"""Whole runs; their stages as tasks that recipes share; the tables, pictures and pages made of their records."""
