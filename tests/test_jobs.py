@@ -123,6 +123,10 @@ def test_every_failed_task_is_told(forked, tmp_path):
     assert set(str(error.value).split("; ")) == told
 
 
+def children() -> set[multiprocessing.process.BaseProcess]:
+    return set(multiprocessing.active_children())
+
+
 def saves_when_asked(seconds=0.2):
     with Interrupts() as interrupts:
         deadline = time.monotonic() + 20
@@ -142,14 +146,14 @@ def test_a_signal_stops_all_that_run_and_nothing_more_begins(forked, tmp_path, m
         os.kill(parent, number)
         saves_when_asked()
 
-    before = signal.getsignal(number)
+    before, others = signal.getsignal(number), children()
     runs = Pretend(tmp_path, vanilla=asks, phase1=lambda: saves_when_asked(0.5))
     with pytest.raises(Interrupted, match="stopped; where tasks stand is saved in") as caught:
         runs.train_all([*TASKS.values(), ONE_MORE], jobs=2, console=quiet())
     assert caught.value.signal == number
     assert signal.getsignal(number) is before
     assert runs.begun() == ["phase1", "vanilla"]
-    assert not multiprocessing.active_children()
+    assert not children() - others
 
 
 def test_what_goes_wrong_here_leaves_no_process_behind(forked, tmp_path, monkeypatch):
@@ -164,11 +168,12 @@ def test_what_goes_wrong_here_leaves_no_process_behind(forked, tmp_path, monkeyp
         raise RuntimeError("no terminal")
 
     monkeypatch.setattr(runner.Board, "take", take)
+    others = children()
     with pytest.raises(RuntimeError, match="no terminal"):
         Pretend(tmp_path, phase1=stays).train_all([TASKS["phase1"]], jobs=2, console=quiet())
-    for process in multiprocessing.active_children():
+    for process in children() - others:
         process.join(5)
-    assert not multiprocessing.active_children()
+    assert not children() - others
 
 
 LONG = ["phase1.steps=100", "phase1.epoch_steps=10", "phase2.steps=60", "phase2.epoch_steps=5", "pqk.mask_interval=7"]
