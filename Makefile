@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make sanitize | make interpret | make install; each makes .venv first if it is missing.
+# make demo | make test | make lint | make sanitize | make fuzz | make interpret | make install; each makes .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint sanitize interpret clean
+.PHONY: install demo test lint sanitize fuzz interpret clean
 
 install: $(VENV)/installed $(VENV)/library
 
@@ -32,12 +32,20 @@ lint: install
 
 # The tests of the operations with a library that AddressSanitizer and UndefinedBehaviorSanitizer watch.
 SANITIZED := build/sanitized
-sanitize: install
+UNDER_SANITIZERS = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 PQK_FAST_REQUIRE_NATIVE=1 PQK_FAST_LIBRARY=$(SANITIZED)/pqk_fast/_C.abi3.so
+.PHONY: sanitized
+sanitized: install
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address,undefined" \
 	  $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
-	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PQK_FAST_REQUIRE_NATIVE=1 PQK_FAST_LIBRARY=$(SANITIZED)/pqk_fast/_C.abi3.so \
-	  $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py tests/test_batch_norm.py tests/test_pooling.py tests/test_runtime.py tests/test_dual_forward.py -k 'not opcheck' --capture=no -q
+
+sanitize: sanitized
+	$(UNDER_SANITIZERS) $(BIN)/python -m pytest tests/test_dispatch.py tests/test_fake_quant.py tests/test_topk_mask.py tests/test_int4.py tests/test_batch_norm.py tests/test_pooling.py tests/test_runtime.py tests/test_executor.py tests/test_dual_forward.py -k 'not opcheck' --capture=no -q
+
+# Damaged files and programs, for that long.
+SECONDS := 600
+fuzz: sanitized
+	$(UNDER_SANITIZERS) $(BIN)/python tests/fuzz_packed.py --seconds $(SECONDS)
 
 # The tests of the operations on the GPU's kernels, which Triton's interpreter runs on the CPU.
 OPERATIONS := dispatch fake_quant topk_mask int4 dual_forward fusion masks layers ops

@@ -18,6 +18,7 @@
 #include "int4.h"
 #include "parallel.h"
 #include "relu_pool.h"
+#include "network.h"
 #include "sparse_infer.h"
 #include "tensors.h"
 
@@ -273,6 +274,31 @@ Tensor sparse_conv(const Tensor& x_, const Tensor& first, const Tensor& offset, 
   return out;
 }
 
+// The whole program is looked at before anything runs; that takes as long as reading it once.
+Tensor run_program(const Tensor& x_, const Tensor& steps, const Tensor& places, const Tensor& numbers,
+                   std::vector<int64_t> sizes) {
+  constexpr int64_t fields = sizeof(Step) / sizeof(int64_t);
+  STD_TORCH_CHECK(x_.is_cpu() && x_.scalar_type() == ScalarType::Float, "x must be fp32 on the CPU");
+  STD_TORCH_CHECK(steps.is_cpu() && places.is_cpu() && numbers.is_cpu() && steps.is_contiguous() &&
+                      places.is_contiguous() && numbers.is_contiguous() && steps.scalar_type() == ScalarType::Long &&
+                      places.scalar_type() == ScalarType::Int && numbers.scalar_type() == ScalarType::Float &&
+                      steps.numel() % fields == 0 && sizes.size() == 4,
+                  "expected a program as pqk_fast.deploy.executor writes it: int64, int32 and fp32");
+  const Program program{static_cast<const Step*>(steps.const_data_ptr()), steps.numel() / fields,
+                        static_cast<const int32_t*>(places.const_data_ptr()), places.numel(),
+                        static_cast<const float*>(numbers.const_data_ptr()), numbers.numel(),
+                        sizes[0], sizes[1], sizes[2], sizes[3]};
+  const char* wrong = problem(program);
+  STD_TORCH_CHECK(!wrong, "this program cannot be run: ", wrong);
+  const Tensor x = torch::stable::contiguous(x_);
+  STD_TORCH_CHECK(program.input > 0 && x.numel() % program.input == 0, "expected ", program.input,
+                  " values a sample, got ", x.numel());
+  const int64_t batch = x.numel() / program.input;
+  const Tensor out = torch::stable::new_empty(x, {batch, program.output});
+  run_network(program, static_cast<const float*>(x.const_data_ptr()), batch, written(out));
+  return out;
+}
+
 Tensor bytes_like(const Tensor& values, int64_t size, ScalarType dtype) {
   return torch::stable::new_empty(values, {size}, dtype);
 }
@@ -339,6 +365,7 @@ STABLE_TORCH_LIBRARY_IMPL(pqk_fast, CPU, m) {
   m.impl("relu_avg_pool2d", TORCH_BOX(&pqk::relu_pool));
   m.impl("relu_avg_pool2d_backward", TORCH_BOX(&pqk::relu_pool_backward));
   m.impl("sparse_conv2d", TORCH_BOX(&pqk::sparse_conv));
+  m.impl("run_network", TORCH_BOX(&pqk::run_program));
   m.impl("pack_ints", TORCH_BOX(&pqk::pack));
   m.impl("unpack_ints", TORCH_BOX(&pqk::unpack));
   m.impl("pack_bits", TORCH_BOX(&pqk::pack_bits));

@@ -30,19 +30,25 @@ static void pad_planes(const float* x, const SparseShape& shape, float* padded) 
 }
 
 // The sums of one output, in rows of the padded pitch, to a plane without them.
-static void finish_plane(const float* sums, const SparseShape& shape, float bias, bool relu, float* out) {
+static void finish_plane(const float* sums, const SparseShape& shape, float* out) {
   const int64_t width = shape.out_width(), pitch = shape.pitch();
   for (int64_t y = 0; y < shape.out_height(); ++y, sums += pitch, out += width)
-    for (int64_t i = 0; i < width; ++i) {
-      const float value = sums[i] + bias;
-      out[i] = relu && value <= 0.0f ? 0.0f : value;  // NaN stays NaN
-    }
+    std::memcpy(out, sums, width * sizeof(float));
+}
+
+int64_t sum_margin() { return PQK_DISPATCH(sparse_margin, ); }
+
+void sum_plane(const float* padded, const Taps& taps, int64_t output, int64_t length, float scale, float shift,
+               bool relu, float* sums) {
+  const int64_t first = taps.first[output], count = taps.first[output + 1] - first;
+  PQK_DISPATCH(sparse_plane, padded, taps.offset + first, taps.value + first, count, length, scale,
+               shift, relu, sums);
 }
 
 void sparse_conv2d(const float* x, const SparseShape& shape, const Taps& taps, const float* bias, bool relu,
                    float* out) {
   const int64_t length = shape.positions(), plane = shape.out_height() * shape.out_width();
-  const int64_t margin = PQK_DISPATCH(sparse_margin, );
+  const int64_t margin = sum_margin();
   std::vector<float> padded(shape.padded_size() + margin);
   const int64_t work = taps.first[shape.outputs] / std::max<int64_t>(1, shape.outputs) * length;
   const int64_t grain = std::max<int64_t>(1, 4 * SERIAL / std::max<int64_t>(1, work));
@@ -51,9 +57,8 @@ void sparse_conv2d(const float* x, const SparseShape& shape, const Taps& taps, c
     parallel_for(shape.outputs, grain, [&](int64_t begin, int64_t end) {
       std::vector<float> sums(length + margin);
       for (int64_t o = begin; o < end; ++o) {
-        const int64_t first = taps.first[o], count = taps.first[o + 1] - first;
-        PQK_DISPATCH(sparse_plane, padded.data(), taps.offset + first, taps.value + first, count, length, sums.data());
-        finish_plane(sums.data(), shape, bias ? bias[o] : 0.0f, relu, out + (image * shape.outputs + o) * plane);
+        sum_plane(padded.data(), taps, o, length, 1.0f, bias ? bias[o] : 0.0f, relu, sums.data());
+        finish_plane(sums.data(), shape, out + (image * shape.outputs + o) * plane);
       }
     });
   }

@@ -36,4 +36,10 @@ struct Taps {
 // null), and with `relu` not below 0. Memory is taken for one padded image a thread.
 void sparse_conv2d(const float* x, const SparseShape& shape, const Taps& taps, const float* bias, bool relu, float* out);
 
+// sums[p] = scale * (sum over the taps of one output of value * padded[offset + p]) + shift, with `relu` not below 0, for
+// p < length. Up to sum_margin() values past those are read and written too.
+void sum_plane(const float* padded, const Taps& taps, int64_t output, int64_t length, float scale, float shift,
+               bool relu, float* sums);
+int64_t sum_margin();
+
 }  // namespace pqk

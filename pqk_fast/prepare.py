@@ -15,6 +15,7 @@ from pqk_fast import sharding
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
 from pqk_fast.config import STEP_LR_RULES, ConfigError, PQKConfig, check_choice, matches, nearest
 from pqk_fast.dual_batch_norm import BATCH_NORMS, DualBatchNorm, DualSyncBatchNorm
+from pqk_fast.folding import fold_batch_norm
 from pqk_fast.fusion import unfuse
 from pqk_fast.layers import PQK_LAYERS, PQKLayer
 from pqk_fast.reference import levels
@@ -186,10 +187,12 @@ def start_phase2(model: Model) -> Model:
 
 
 @torch.no_grad()
-def convert(model: Model, branch: str = "student") -> Model:
+def convert(model: Model, branch: str = "student", fold: bool = False) -> Model:
     """A plain copy of one branch: float layers with that branch's weights, its BatchNorm. ``model`` is untouched.
 
-    ``branch`` is "student" (masked, quantized weights) or "teacher" (the full net). Raises ValueError for an unprepared
+    ``branch`` is "student" (masked, quantized weights) or "teacher" (the full net). With ``fold``, for inference, a
+    BatchNorm right after a convolution becomes part of it (:func:`~pqk_fast.folding.fold_batch_norm`): outputs stay the
+    same but for rounding, and the weights are no longer multiples of one step size. Raises ValueError for an unprepared
     model, the teacher in phase 1, or a model in shards (``fully_shard``).
     """
     check_choice("branch", branch, ("student", "teacher"))
@@ -217,6 +220,8 @@ def convert(model: Model, branch: str = "student") -> Model:
             swapped[module] = module.to_float(branch)
     plain = _replace(plain, swapped)  # type: ignore[assignment]
     _set_fast_paths(plain, allowed=True)
+    if fold:
+        fold_batch_norm(plain)
     return plain
 
 
@@ -235,8 +240,9 @@ def param_groups(
     lr``) for loops that set ``group["lr"]`` themselves. Parameters that do not learn now (frozen steps, the full net's
     BatchNorm in phase 1) are left out, so make the optimizer anew after :func:`start_phase2`.
 
-    ``step_lr_rule="lsq"`` divides each step size's rate by ``sqrt(N Q)``, N the number of weights that it quantizes: a
-    group for each layer. With SGD that is LSQ's gradient scale (Esser et al., ICLR 2020); give it ``step_lr=lr``.
+    ``step_lr_rule="lsq"`` divides each step size's rate by ``sqrt(N Q)``, N the number of weights that it quantizes;
+    layers of the same ``N Q`` share a group. With SGD that is LSQ's gradient scale (Esser et al., ICLR 2020); give it
+    ``step_lr=lr``.
 
     Raises ValueError for an unprepared model, an ``lr`` that is not positive, or an unknown rule.
     """

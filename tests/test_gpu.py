@@ -16,6 +16,7 @@ from cases import normal_like
 from torch import Tensor
 
 from pqk_fast import dispatch, dual_ops, gpu, ops
+from pqk_fast.deploy import executor
 from pqk_fast.native import OPERATIONS, backends
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,7 @@ CPU_ALONE = {
     "relu_avg_pool2d",
     "relu_avg_pool2d_backward",
     "sparse_conv2d",
+    "run_network",
 }
 
 
@@ -45,7 +47,7 @@ def interpreted(program: str) -> str:
 def test_every_launcher_is_an_operation_and_exists() -> None:
     defined = {
         value.name().removeprefix("pqk_fast::").removesuffix(".default")
-        for module in (dispatch, dual_ops)
+        for module in (dispatch, dual_ops, executor)
         for value in vars(module).values()
         if isinstance(value, torch._ops.OpOverload)
     }

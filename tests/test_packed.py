@@ -136,6 +136,15 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
         save_packed(net(), tmp_path / "s.pqk")
     with pytest.raises(ValueError, match="bits=32 prunes without quantizing"):
         save_packed(student(net(), bits=32), tmp_path / "s.pqk")
+    for bad in (float("nan"), float("inf")):
+        model = student(net(), sparsity=0.5)
+        layer = next(iter(pqk_layers(model).values()))
+        layer.weight.data[tuple(layer.weight_mask.nonzero()[0])] = bad
+        with pytest.raises(ValueError, match=r"layer '0': some weights are not finite.*find_problems"):
+            save_packed(model, tmp_path / "s.pqk")
+        layer.weight_step.data.fill_(bad)
+        with pytest.raises(ValueError, match="layer '0': expected step sizes that are finite and positive"):
+            save_packed(model, tmp_path / "s.pqk")
     model = student(net())
     model.register_buffer("large", torch.tensor([2**40 + 1]))
     with pytest.raises(ValueError, match=r"large \(torch.int64\) holds values that fp32 cannot"):

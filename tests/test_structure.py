@@ -41,6 +41,7 @@ ORDER = (
     "layers",
     "branches",
     "fusion",
+    "folding",
     "prepare",
     "masks",
     "guards",

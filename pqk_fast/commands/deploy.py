@@ -20,6 +20,7 @@ from pqk_fast.config import Recipe, recipe_from_dict
 from pqk_fast.data.speech_commands import LABELS, SAMPLE_RATE
 from pqk_fast.deploy import sizes
 from pqk_fast.deploy.c_source import export_c
+from pqk_fast.deploy.executor import compile_network
 from pqk_fast.deploy.onnx import export_onnx
 from pqk_fast.deploy.packed import fill, save_packed
 from pqk_fast.deploy.program import export_program
@@ -134,7 +135,8 @@ def spot(args: argparse.Namespace) -> None:
     labels = packed.metadata.get("labels")
     if not isinstance(labels, list) or len(labels) != packed.metadata.get("classes"):
         raise ValueError(f"{args.model} does not name its classes: export it from a run on speech")
-    spotter = Spotter(fill(packed), Detector(labels, args.hop, threshold=args.threshold))
+    network = compile_network(fill(packed), torch.zeros(SPEECH_SHAPE))
+    spotter = Spotter(network, Detector(labels, args.hop, threshold=args.threshold))
     chunks = read_pcm_chunks(sys.stdin.buffer) if args.audio == "-" else read_wav_chunks(args.audio)
     busy, found = 0.0, 0
     try:

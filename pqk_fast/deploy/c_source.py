@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pqk_fast import reference
 from pqk_fast.branches import require_prepared
-from pqk_fast.config import is_quantized
 from pqk_fast.deploy.c_helpers import helpers
 from pqk_fast.deploy.c_layouts import CLayer, Constants, Integers, comment, per_plane, store_struct, store_weights
 from pqk_fast.deploy.code_size import code_size
 from pqk_fast.deploy.graph import read_graph
+from pqk_fast.deploy.integers import integers_of
 from pqk_fast.deploy.memory_plan import Plan, Stage, make_plan
 from pqk_fast.deploy.operations import INPUT, Add, Affine, Conv, Mean, Network, Op, Pool, Rearrange, Relu
 from pqk_fast.files import replacing
@@ -72,13 +71,12 @@ def export_c(model: nn.Module, example: Tensor, path: str | Path, name: str = "s
         raise ValueError(
             f"expected a file name of ASCII letters, digits and '._+-', which #include takes: {path.name!r}"
         )
-    layers = require_prepared(model)
-    if any(not is_quantized(layer.bits) for layer in layers.values()):
-        raise ValueError("bits=32 prunes without quantizing, so there are no integers to pack: give 2 to 8 bits")
+    require_prepared(model)
+    integers = _integers(model)
     network = read_graph(convert(model).cpu().eval(), example.detach().cpu())
     plan = make_plan(network)
     constants = Constants()
-    body, used, stored = _Writer(plan, constants, _integers(model)).stages()
+    body, used, stored = _Writer(plan, constants, integers).stages()
     source_path, header_path = path.with_name(path.name + ".c"), path.with_name(path.name + ".h")
     report = CReport(
         source_path, header_path, tuple(stored.values()), constants.weights, constants.tables, 4 * plan.floats
@@ -99,14 +97,10 @@ def export_c(model: nn.Module, example: Tensor, path: str | Path, name: str = "s
 def _integers(model: nn.Module) -> dict[str, Integers]:
     """By the name of the weight in the plain model; a shared layer under each of its names."""
     found = {}
-    with torch.no_grad():
-        for name, layer in model.named_modules(remove_duplicate=False):
-            if isinstance(layer, PQKLayer):
-                q = reference.quantize(layer.weight, layer.weight_mask, layer.weight_step, layer.bits)
-                if not torch.isfinite(q).all():  # as 8-bit integers they would be 0
-                    raise ValueError(f"{name}: some weights are not finite: the network is broken")
-                step = layer.weight_step.detach().double().cpu().numpy()
-                found[f"{name}.weight".lstrip(".")] = Integers(q.to(torch.int8).cpu().numpy(), step, layer.bits)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, PQKLayer):
+            q, step = integers_of(name, layer)
+            found[f"{name}.weight".lstrip(".")] = Integers(q, step.astype(np.float64), layer.bits)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pqk_fast.deploy.operations import INPUT, Network, Op
@@ -44,14 +44,20 @@ class Plan:
     floats: int
 
 
-def make_plan(network: Network) -> Plan:
-    """Joins operations into stages, lets results be computed in place, and reuses memory by lifetime."""
+def plain_floats(op: Op, whole: bool) -> int:
+    return op.size * (op.planes if whole else 1)
+
+
+def make_plan(network: Network, floats_of: Callable[[Op, bool], int] = plain_floats) -> Plan:
+    """Joins operations into stages, lets results be computed in place, and reuses memory by lifetime.
+
+    ``floats_of`` says how much memory a result takes, all planes of it or one.
+    """
     stages = make_stages(network.ops)
-    of = _buffers(network, stages)
+    of = _buffers(network, stages, floats_of)
     result = of[network.output]
     buffers = list({id(buffer): buffer for buffer in of.values() if buffer is not result}.values())
-    floats = _place(buffers)
-    return Plan(stages, buffers, of, result, floats)
+    return Plan(stages, buffers, of, result, place(buffers))
 
 
 def make_stages(ops: Sequence[Op]) -> list[Stage]:
@@ -68,7 +74,7 @@ def make_stages(ops: Sequence[Op]) -> list[Stage]:
     return stages
 
 
-def _buffers(network: Network, stages: list[Stage]) -> dict[str, Buffer]:
+def _buffers(network: Network, stages: list[Stage], floats_of: Callable[[Op, bool], int]) -> dict[str, Buffer]:
     stage_of = {op.output: i for i, stage in enumerate(stages) for op in stage}
     readers: dict[str, list[Op]] = {name: [] for name in [INPUT, *stage_of]}
     for op in network.ops:
@@ -90,7 +96,7 @@ def _buffers(network: Network, stages: list[Stage]) -> dict[str, Buffer]:
             buffer.values.append(op.output)
             buffer.whole |= whole
             buffer.last = max(buffer.last, last)
-        buffer.floats = op.size * (op.planes if buffer.whole else 1)
+        buffer.floats = floats_of(op, buffer.whole)
     return of
 
 
@@ -109,7 +115,7 @@ def _may_replace(op: Op, name: str, network: Network, readers: dict[str, list[Op
     )
 
 
-def _place(buffers: list[Buffer]) -> int:
+def place(buffers: list[Buffer]) -> int:
     """Sets offsets, the largest buffer first, each as low as it fits; gives the end of the last."""
     placed: list[Buffer] = []
     for buffer in sorted(buffers, key=lambda buffer: -buffer.floats):

@@ -22,6 +22,7 @@ from pqk_fast import reference
 from pqk_fast.branches import require_prepared
 from pqk_fast.config import is_quantized
 from pqk_fast.deploy.encodings import encode
+from pqk_fast.deploy.integers import integers_of
 from pqk_fast.deploy.program import Example, described, trace
 from pqk_fast.files import replacing
 from pqk_fast.layers import PQKLayer
@@ -112,17 +113,12 @@ def _grids(model: nn.Module, program: ExportedProgram) -> dict[str, Grid]:
     for module, layer in model.named_modules(remove_duplicate=False):
         name = f"{module}.weight".removeprefix(".")
         if isinstance(layer, PQKLayer) and name in read:
-            q = reference.quantize(layer.weight, layer.weight_mask, layer.weight_step, layer.bits)
-            step = layer.weight_step
-            given = reference.dequantize(q, step).cpu()
-            if not (step > 0).all() or not torch.equal(given, program.state_dict[name]):
-                raise ValueError(
-                    f"{name}: the weights are not integers times the step size, as if they were not finite: "
-                    "pqk_fast.guards.find_problems(model) says what is wrong"
-                )
-            scale = step.cpu().numpy()
+            q, scale = integers_of(module, layer)
+            given = reference.dequantize(torch.from_numpy(q).float(), torch.from_numpy(scale))
+            if not torch.equal(given, program.state_dict[name]):
+                raise ValueError(f"{name}: the weights are not integers times the step size")
             width = 4 if layer.bits <= 4 else 8
-            grids[name] = Grid(q.to(torch.int8).cpu().numpy(), scale.reshape(()) if scale.size == 1 else scale, width)
+            grids[name] = Grid(q, scale.reshape(()) if scale.size == 1 else scale, width)
     return grids
 
 

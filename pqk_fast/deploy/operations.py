@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -33,7 +34,8 @@ class Op:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conv(Op):
-    """Convolution, and ``linear`` as the convolution of planes of one value; then ``scale`` and ``shift``.
+    """Convolution, and ``linear`` as the convolution of planes of one value; then ``scale`` and ``shift``, and a ReLU
+    with ``relu`` (by :func:`with_fused_relu`).
 
     ``weight`` fp32 ``[planes, inputs of a group, kernel rows, columns]``, the parameter called ``parameter``; ``scale``
     and ``shift`` fp64 ``[planes]`` (bias and BatchNorm); ``padding`` is above and to the left, zeros to the right and
@@ -50,6 +52,7 @@ class Conv(Op):
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     groups: int = 1
+    relu: bool = False
     by_plane = False
     verb = "convolution"
 
@@ -116,3 +119,24 @@ class Network:
     output: str
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+
+
+def with_fused_relu(network: Network) -> Network:
+    """The same, with each Relu that alone reads a convolution as part of it."""
+    readers = Counter(name for op in network.ops for name in op.inputs)
+    made = {op.output: op for op in network.ops}
+    ops: dict[str, Op] = {}
+    for op in network.ops:
+        before = made.get(op.inputs[0])
+        if (
+            isinstance(op, Relu)
+            and isinstance(before, Conv)
+            and readers[before.output] == 1
+            and before.output != network.output
+            and (before.planes, before.size) == (op.planes, op.size)
+        ):
+            del ops[before.output]
+            ops[op.output] = replace(before, output=op.output, relu=True)
+        else:
+            ops[op.output] = op
+    return replace(network, ops=tuple(ops.values()))

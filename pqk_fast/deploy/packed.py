@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pqk_fast import reference
 from pqk_fast.branches import require_prepared
-from pqk_fast.config import is_quantized
 from pqk_fast.deploy.encodings import smallest
+from pqk_fast.deploy.integers import integers_of
 from pqk_fast.deploy.reader import ENCODINGS, FORMAT, VERSION, Packed, read_packed
 from pqk_fast.files import replacing
 from pqk_fast.models import create_model
@@ -32,25 +31,23 @@ def save_packed(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] 
     count: a kept weight that is quantized to 0 is not told from a pruned one. ``metadata`` is plain JSON; "model" and
     "classes" let :func:`load_packed` build the network.
 
-    Raises ValueError for an unprepared model, ``bits=32``, or a buffer that fp32 cannot hold.
+    Raises ValueError for an unprepared model, ``bits=32``, weights or step sizes that are not finite, or a buffer that
+    fp32 cannot hold.
     """
     layers = require_prepared(model)
-    if any(not is_quantized(layer.bits) for layer in layers.values()):
-        raise ValueError("bits=32 prunes without quantizing, so there are no integers to pack: save the state dict")
+    integers = {name: integers_of(name, layer) for name, layer in layers.items()}
     rest = {
         name: tensor
         for name, tensor in convert(model).state_dict().items()
         if not name.endswith(COUNTERS) and name not in {f"{layer}.weight" for layer in layers}
     }
     entries, steps, payloads = [], [], []
-    with torch.no_grad():
-        for name, layer in layers.items():
-            q = reference.quantize(layer.weight, layer.weight_mask, layer.weight_step, layer.bits)
-            encoding, payload = smallest(q.to(torch.int8).cpu().numpy().reshape(-1), layer.bits)
-            step = layer.weight_step.detach().cpu().numpy()
-            entries.append([name, list(q.shape), layer.bits, ENCODINGS.index(encoding), step.size, len(payload)])
-            steps.append(step.astype("<f4").tobytes())
-            payloads.append(payload.tobytes())
+    for name, (q, step) in integers.items():
+        bits = layers[name].bits
+        encoding, payload = smallest(q.reshape(-1), bits)
+        entries.append([name, list(q.shape), bits, ENCODINGS.index(encoding), step.size, len(payload)])
+        steps.append(step.astype("<f4").tobytes())
+        payloads.append(payload.tobytes())
     tensors = [[name, list(tensor.shape)] for name, tensor in rest.items()]
     floats = [_fp32(name, tensor) for name, tensor in rest.items()]
     index = zlib.compress(json.dumps([entries, tensors, dict(metadata or {})], separators=(",", ":")).encode(), 9)

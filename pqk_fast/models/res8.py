@@ -1,12 +1,33 @@
 """res8 and res8-narrow for keyword spotting (Tang & Lin, "Deep residual learning for small-footprint keyword
 spotting", ICASSP 2018), the networks of the paper's speech experiments."""
 
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pqk_fast.pooling import relu_avg_pool2d
 
+torch.fx.wrap("relu_avg_pool2d")
+
 __all__ = ["Res8", "res8", "res8_narrow"]
+
+
+@torch.fx.wrap  # so that it can be traced
+def _laid_out(features: Tensor) -> Tensor:
+    """``[B, 1, frames, coefficients]``, checked."""
+    if features.dim() == 4 and features.shape[1] == 1:
+        features = features.squeeze(1)
+    smallest = Res8.POOL
+    if features.dim() != 3 or features.shape[1] < smallest[0] or features.shape[2] < smallest[1]:
+        raise ValueError(
+            "Res8 expects features [batch, frames, coefficients] such as [B, 101, 40], or [B, 1, 101, 40]; "
+            f"got {list(features.shape)}"
+        )
+    if features.device.type != "cpu":
+        return features.unsqueeze(1)
+    # One channel has the same memory in either layout. With strides that say channels_last, all that follows runs in
+    # that layout, which makes a training step on one CPU thread about a fifth faster.
+    return features.unsqueeze(-1).permute(0, 3, 1, 2)
 
 
 class Res8(nn.Module):
@@ -39,18 +60,7 @@ class Res8(nn.Module):
         Raises:
             ValueError: the features have another shape.
         """
-        if features.dim() == 4 and features.shape[1] == 1:
-            features = features.squeeze(1)
-        if features.dim() != 3 or features.shape[1] < self.POOL[0] or features.shape[2] < self.POOL[1]:
-            raise ValueError(
-                "Res8 expects features [batch, frames, coefficients] such as [B, 101, 40], or [B, 1, 101, 40]; "
-                f"got {list(features.shape)}"
-            )
-        x = features.unsqueeze(1)
-        if x.device.type == "cpu":
-            # One channel has the same memory in either layout. With strides that say channels_last, all that follows
-            # runs in that layout, which makes a training step on one CPU thread about a fifth faster.
-            x = features.unsqueeze(-1).permute(0, 3, 1, 2)
+        x = _laid_out(features)
         x = relu_avg_pool2d(self.conv0(x), self.POOL)
         residual = x
         for i in range(1, self.LAYERS + 1):

@@ -1,6 +1,7 @@
 """Residual networks for 32x32 images (He et al., "Deep residual learning for image recognition", CVPR 2016,
 section 4.2): 6n + 2 layers of 16, 32 and 64 channels, with projection shortcuts (the paper's option B)."""
 
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +27,13 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+@torch.fx.wrap  # so that it can be traced
+def _checked(images: Tensor) -> Tensor:
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"CifarResNet expects images [batch, 3, 32, 32], got {list(images.shape)}")
+    return images
 
 
 class CifarResNet(nn.Module):
@@ -67,9 +75,7 @@ class CifarResNet(nn.Module):
         Raises:
             ValueError: the images have another number of dimensions or channels.
         """
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"CifarResNet expects images [batch, 3, 32, 32], got {list(images.shape)}")
-        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn1(self.conv1(_checked(images))))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
 
