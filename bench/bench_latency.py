@@ -89,8 +89,11 @@ def in_onnxruntime(make: Callable[[Path], Path], threads: int) -> Bind:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         with tempfile.TemporaryDirectory() as folder:
-            path = make(Path(folder))
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            try:
+                path = make(Path(folder))
+                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # recorded as this candidate's
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
         inputs = {session.get_inputs()[0].name: x.numpy()}
         return lambda: torch.from_numpy(session.run(None, inputs)[0])
 
@@ -99,11 +102,12 @@ def in_onnxruntime(make: Callable[[Path], Path], threads: int) -> Bind:
 
 def write_fp32(plain: nn.Module, x: Tensor, folder: Path) -> Path:
     path = folder / "fp32.onnx"
-    torch.onnx.export(plain, (x,), str(path), dynamo=True, opset_version=21, verbose=False)
+    torch.onnx.export(plain, (x,), str(path), dynamo=True, opset_version=21, external_data=False, verbose=False)
     return path
 
 
 def write_int8(plain: nn.Module, x: Tensor, signed: bool, folder: Path) -> Path:
+    import onnx
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -117,8 +121,9 @@ def write_int8(plain: nn.Module, x: Tensor, signed: bool, folder: Path) -> Path:
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             sample = next(self.rest, None)
-            return None if sample is None else {"x": sample}
+            return None if sample is None else {name: sample}
 
+    name = onnx.load(str(fp32)).graph.input[0].name
     ready, path = folder / "ready.onnx", folder / "int8.onnx"
     quant_pre_process(str(fp32), str(ready), skip_symbolic_shape=True)
     activations = q.QuantType.QInt8 if signed else q.QuantType.QUInt8

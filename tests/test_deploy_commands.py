@@ -124,6 +124,11 @@ def test_other_forms_are_what_they_are_said_to_be(tmp_path: Path) -> None:
     assert forms["dense int8"] == 19893
     assert forms["dense int4"] == sum((layer.q.size + 1) // 2 for layer in packed.layers.values())
     assert forms["the paper's count"] == kept / 2
+    sizes_of = [layer.q.size for layer in packed.layers.values()]
+    assert sizes_of[0] == 171
+    assert forms["GGUF Q4_0"] == 6 * 18 + 18 * sum(-(-n // 32) for n in sizes_of[1:])
+    assert forms["bitsandbytes NF4"] == 86 + 12 + sum((n + 1) // 2 + 4 * -(-n // 64) for n in sizes_of[1:])
+    assert forms["compressed-tensors bitmask, bf16"] == 2 * kept + 19 * (2 + 8) + 6 * 19 * (22 + 8) + 12 * (3 + 8)
     assert (
         forms["bound of independent weights"]
         < forms["this file's payload"]

@@ -58,7 +58,10 @@ def parts_table(packed: Packed) -> Table:
 def formats(packed: Packed) -> dict[str, float]:
     """Bytes that the layers' weights would take in other forms, without step sizes; the file's own first.
 
-    "the paper's count" is the values of nonzero weights at k bits, with nothing that says where they are.
+    "the paper's count" is the values of nonzero weights at k bits, with nothing that says where they are. Other
+    libraries' formats are counted by their definitions: GGUF's Q4_0 (llama.cpp: 32 weights in 18 bytes), bitsandbytes'
+    NF4 (64 weights and an fp32 scale), compressed-tensors' sparse-bitmask (bf16 values, a bit a weight, a 64-bit offset
+    a row). The first two would round the weights to another grid.
     """
     layers = list(packed.layers.values())
     fp32 = b"".join(layer.weight().tobytes() for layer in layers)
@@ -76,6 +79,9 @@ def formats(packed: Packed) -> dict[str, float]:
         sizes["dense int4"] = dense4
     return {
         **sizes,
+        "GGUF Q4_0": sum(18 * -(-layer.q.size // 32) for layer in layers),
+        "bitsandbytes NF4": sum((layer.q.size + 1) // 2 + 4 * -(-layer.q.size // 64) for layer in layers),
+        "compressed-tensors bitmask, bf16": sum(_bitmask_bf16(layer.q) for layer in layers),
         "dense int8": len(int8),
         "dense int8, zlib": len(zlib.compress(int8, 9)),
         "dense int8, xz": len(lzma.compress(int8, preset=9)),
@@ -145,6 +151,11 @@ def _kept(layer: Any) -> int:
 def _csr(q: Any) -> int:
     rows = q.shape[0] if q.ndim else 1
     return 8 * int(np.count_nonzero(q)) + 4 * (rows + 1)
+
+
+def _bitmask_bf16(q: Any) -> int:
+    rows, columns = (q.shape[0], q[0].size) if q.ndim else (1, 1)
+    return 2 * int(np.count_nonzero(q)) + rows * (-(-columns // 8) + 8)
 
 
 def _shown(value: Any) -> str:
