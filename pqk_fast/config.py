@@ -88,6 +88,8 @@ class PQKConfig:
         mask_interval: optimizer steps between mask updates, p_u.
         mask_end: part of phase 1, in (0, 1], after which p_t is reached and the mask no longer moves.
         initial_sparsity: p_i of Eq. 1.
+        step_tracking: every so many mask updates S becomes the step size of least squared error for the kept weights
+            (``step_init``'s "mse"), and is learned as ever in between; 0: never.
         step_init: "mean" ``mean|w|``, "lsq" ``2 mean|w| / sqrt(Q)``, "max" ``max|w| / Q``, "mse" (least squared error).
         per_channel: one step size per output channel instead of one per layer.
         ste: "identity" passes every weight's gradient, "clipped" not those outside the grid (LSQ).
@@ -106,6 +108,7 @@ class PQKConfig:
     mask_end: float = 1.0
     initial_sparsity: float = 0.0
     step_init: str = "mean"
+    step_tracking: int = 0
     per_channel: bool = False
     ste: str = "identity"
     mask_gradients: bool = False
@@ -145,6 +148,7 @@ class PQKConfig:
         check_choice("teacher_weights", self.teacher_weights, TEACHER_WEIGHTS)
         check_choice("teacher_bn", self.teacher_bn, ("fresh", "copy"))
         require(self.mask_interval >= 1, f"mask_interval must be at least 1 step, got {self.mask_interval}")
+        require(self.step_tracking >= 0, f"step_tracking must not be negative, got {self.step_tracking}")
         require(0 < self.mask_end <= 1, f"mask_end must lie in (0, 1], a part of phase 1; got {self.mask_end}")
 
 
@@ -174,9 +178,10 @@ class PhaseConfig:
     """One training phase; everything is counted in optimizer steps, so that it fits a data set of any size.
 
     ``epoch_steps`` is what Eq. 1, the curves and the validation call an epoch. ``lr_schedule`` "drops" multiplies the
-    rate by ``lr_gamma`` at each step of ``lr_drops``, "cosine" decays to 0, "constant" stays; ``step_lr_scale`` is the
-    step sizes' share of the rate, which ``step_lr_rule`` "lsq" divides by ``sqrt(N Q)`` for a step size of N weights
-    (with SGD this is LSQ's gradient scale; Esser et al., ICLR 2020) and "flat" leaves as it is.
+    rate by ``lr_gamma`` at each step of ``lr_drops``, "cosine" decays to 0, "constant" stays; in the first
+    ``lr_warmup`` steps the rate rises in a line to what the schedule says. ``label_smoothing`` is the cross-entropy's.
+    ``step_lr_scale`` is the step sizes' share of the rate, which ``step_lr_rule`` "lsq" divides by ``sqrt(N Q)`` for a
+    step size of N weights (with SGD this is LSQ's gradient scale; Esser et al., ICLR 2020) and "flat" leaves as it is.
     """
 
     steps: int = 9022
@@ -185,6 +190,8 @@ class PhaseConfig:
     lr_schedule: str = "drops"
     lr_drops: tuple[int, ...] = (3000, 6000)
     lr_gamma: float = 0.1
+    lr_warmup: int = 0
+    label_smoothing: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-5
     step_lr_scale: float = 1e-4
@@ -201,6 +208,8 @@ class PhaseConfig:
             f"lr_drops must be rising step numbers, got {self.lr_drops}",
         )
         require(self.lr_gamma > 0, f"lr_gamma must be positive, got {self.lr_gamma}")
+        require(self.lr_warmup >= 0, f"lr_warmup must be a number of steps, 0 or more, got {self.lr_warmup}")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
         require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
         require(self.step_lr_scale >= 0, f"step_lr_scale must not be negative, got {self.step_lr_scale}")
@@ -209,7 +218,12 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class Phase2Config(PhaseConfig):
-    """Phase 2: cross-entropy alone for ``distill_start`` steps (s), then ``alpha`` CE + ``beta`` T^2 KL (Eqs 9, 10)."""
+    """Phase 2: cross-entropy alone for ``distill_start`` steps (s), then ``alpha`` CE + ``beta`` T^2 KL (Eqs 9, 10).
+
+    With ``distillation`` "one_way" the full net learns from the labels alone, with "mutual" from the student too. In
+    the last ``teacher_rest`` steps it has no loss any more: the student learns from a teacher that holds still, but for
+    what the weights that both share do.
+    """
 
     steps: int = 3123
     lr_drops: tuple[int, ...] = (1000, 2000)
@@ -217,6 +231,8 @@ class Phase2Config(PhaseConfig):
     alpha: float = 0.5
     beta: float = 0.5
     temperature: float = 2.0
+    distillation: str = "mutual"
+    teacher_rest: int = 0
     forward: str = "auto"
 
     def __post_init__(self) -> None:
@@ -227,6 +243,11 @@ class Phase2Config(PhaseConfig):
         )
         require(self.alpha >= 0 and self.beta >= 0, f"alpha and beta must be >= 0, got {self.alpha}, {self.beta}")
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        check_choice("distillation", self.distillation, ("mutual", "one_way"))
+        require(
+            0 <= self.teacher_rest <= self.steps,
+            f"teacher_rest must be a number of phase 2's {self.steps} steps, got {self.teacher_rest}",
+        )
         check_choice("forward", self.forward, ("auto", "two_pass", "stacked"))
 
 

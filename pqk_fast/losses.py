@@ -14,12 +14,15 @@ class DistillationLoss(nn.Module):
 
     ``logits``, ``other`` ``[B, classes]`` (``other`` is a constant), ``target`` int64 ``[B]``; a scalar. ``alpha`` and
     ``beta`` are buffers: changing them by :meth:`set_weights` recompiles nothing. Not part of the state dict.
+    ``label_smoothing`` is the cross-entropy's.
     """
 
     alpha: Tensor
     beta: Tensor
 
-    def __init__(self, alpha: float = 0.5, beta: float = 0.5, temperature: float = 2.0) -> None:
+    def __init__(
+        self, alpha: float = 0.5, beta: float = 0.5, temperature: float = 2.0, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
@@ -27,6 +30,7 @@ class DistillationLoss(nn.Module):
         self.register_buffer("beta", torch.zeros(()), persistent=False)
         self.set_weights(alpha, beta)
         self.temperature = temperature
+        self.label_smoothing = label_smoothing
 
     def set_weights(self, alpha: float, beta: float) -> None:
         """Change alpha and beta in place (warm-up: 1 and 0)."""
@@ -36,6 +40,9 @@ class DistillationLoss(nn.Module):
         self.beta.fill_(beta)
 
     def forward(self, logits: Tensor, other: Tensor, target: Tensor) -> Tensor:
+        return self._loss(logits, other, target, self.alpha, self.beta)
+
+    def _loss(self, logits: Tensor, other: Tensor, target: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         if logits.dim() != 2 or logits.shape != other.shape:
             raise ValueError(
                 f"expected two logits [B, classes], got {tuple(logits.shape)} and {tuple(other.shape)}; bring other "
@@ -45,7 +52,8 @@ class DistillationLoss(nn.Module):
         log_p = F.log_softmax(logits / temperature, dim=-1)
         log_other = F.log_softmax(other.detach() / temperature, dim=-1)
         distilled = F.kl_div(log_p, log_other, reduction="batchmean", log_target=True)
-        loss: Tensor = self.alpha * F.cross_entropy(logits, target) + self.beta * temperature**2 * distilled
+        labelled = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        loss: Tensor = alpha * labelled + beta * temperature**2 * distilled
         return loss
 
 
@@ -53,8 +61,23 @@ class MutualDistillationLoss(DistillationLoss):
     """``L^S + L^T`` (Eqs 9 and 10 together): one backward of it gives both branches their own gradients.
 
     The targets of each branch are constants, and the weight gradients go to complementary sets, so the sum does not mix
-    the two.
+    the two. ``teacher_alpha`` and ``teacher_beta``, buffers too, are the teacher's alpha and beta: by default the
+    student's.
     """
 
+    teacher_alpha: Tensor
+    teacher_beta: Tensor
+
+    def set_weights(self, alpha: float, beta: float, teacher: tuple[float, float] | None = None) -> None:
+        """Change alpha and beta in place, and with ``teacher`` give the teacher's loss its own (0 and 0: none)."""
+        super().set_weights(alpha, beta)
+        teacher_alpha, teacher_beta = (alpha, beta) if teacher is None else teacher
+        if "teacher_alpha" not in self._buffers:
+            self.register_buffer("teacher_alpha", torch.zeros(()), persistent=False)
+            self.register_buffer("teacher_beta", torch.zeros(()), persistent=False)
+        self.teacher_alpha.fill_(teacher_alpha)
+        self.teacher_beta.fill_(teacher_beta)
+
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        return super().forward(student, teacher, target) + super().forward(teacher, student, target)
+        of_teacher = self._loss(teacher, student, target, self.teacher_alpha, self.teacher_beta)
+        return super().forward(student, teacher, target) + of_teacher

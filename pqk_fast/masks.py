@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from pqk_fast import gpu, ops, sharding
 from pqk_fast.branches import config_of, require_prepared
-from pqk_fast.config import ConfigError, PQKConfig, matches, pruned_of_group
+from pqk_fast.config import ConfigError, PQKConfig, is_quantized, matches, pruned_of_group
 from pqk_fast.layers import PQKLayer
 from pqk_fast.schedule import last_mask_step, sparsity_of_mask
-from pqk_fast.step_size import SMALLEST_STEP
+from pqk_fast.step_size import SMALLEST_STEP, initial_step
 
 
 class _Pool:
@@ -81,7 +81,8 @@ class Pruner:
     Making a Pruner sets the mask of the first iteration. Each :meth:`step` then counts one iteration and, at multiples
     of ``mask_interval``, makes the mask of the *next* one with that iteration's epoch in Eq. 1; the last such mask of
     the phase has the target sparsity exactly: ``int(p_t * N)`` weights masked. Pruned weights keep learning and may
-    come back (unless ``mask_gradients``). Step sizes are kept at 1e-12 or above.
+    come back (unless ``mask_gradients``). Step sizes are kept at 1e-12 or above; with ``step_tracking`` they are set
+    anew at every so many of the masks.
 
     A step is :meth:`advance` (the host's part), :meth:`update` (the device's, for a CUDA graph) and, when masks were
     made, :meth:`check` (the host looks at the result). On many ranks every rank makes its own Pruner of its own model:
@@ -119,6 +120,8 @@ class Pruner:
             if first is not layer:
                 self._twins.append((layer, first))
         self._unique = dict(unique.values())
+        if self.config.step_tracking and any(sharding.is_sharded(layer.weight) for layer in layers.values()):
+            raise ConfigError("step_tracking looks at whole weights, these are in shards (fully_shard): leave it 0")
         self._pools = self._make_pools()
         self._final_unseen = False
         self._counted = 0  # steps in this process, as against `iteration` of a run that was resumed
@@ -175,21 +178,24 @@ class Pruner:
         self.update(due)
         if due or self._counted == self._first_look:
             self.check()
-        return due
+        return due > 0
 
-    def advance(self) -> bool:
-        """The host's part of a step: count it, and say whether a mask is due. Waits for no device."""
+    def advance(self) -> int:
+        """The host's part of a step: count it, and say what is due: nothing (0), masks (1), or masks and the step sizes
+        for them (2). Waits for no device.
+        """
         if self.iteration >= self.steps:
             raise ValueError(f"the phase was announced with {self.steps} steps and is over; make a Pruner with more")
         self.iteration += 1
         self._counted += 1
         due = self.iteration < self.steps and self._plan(self.iteration)
         self._final_unseen |= due and self.finished
-        return due
+        every = self.config.step_tracking
+        return int(due) + int(due and every > 0 and self.iteration // self.config.mask_interval % every == 0)
 
     @torch.no_grad()
-    def update(self, due: bool) -> None:
-        """The device's part of a step: keep step sizes positive and, if ``due``, make the masks.
+    def update(self, due: int) -> None:
+        """The device's part of a step: keep step sizes positive and make what is ``due``.
 
         Can be captured in a CUDA graph, one for each value of ``due``, unless :meth:`why_not_capturable` says
         otherwise. The numbers of weights to keep lie on the device, where :meth:`advance` writes them before a replay.
@@ -198,6 +204,15 @@ class Pruner:
         torch._foreach_clamp_min_(steps, SMALLEST_STEP)
         if due:
             self._make_masks()
+        if due == 2:
+            self._track_steps()
+
+    def _track_steps(self) -> None:
+        for layer in self._unique.values():
+            if is_quantized(layer.bits):
+                per_channel = layer.config.per_channel
+                step = initial_step(layer.weight, layer.weight_mask, layer.bits, "mse", per_channel)
+                layer.weight_step.copy_(step)
 
     def why_not_capturable(self) -> str | None:
         """None if :meth:`update` can be captured in a CUDA graph, otherwise what stands in the way."""

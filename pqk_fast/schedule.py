@@ -44,8 +44,9 @@ def sparsity_of_mask(
 
 def learning_rate(step: int, phase: PhaseConfig) -> float:
     """The learning rate of iteration ``step`` (from 0)."""
+    rate = phase.lr
     if phase.lr_schedule == "cosine":
-        return phase.lr * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
-    if phase.lr_schedule == "constant":
-        return phase.lr
-    return phase.lr * phase.lr_gamma ** sum(step >= drop for drop in phase.lr_drops)
+        rate *= 0.5 * (1 + math.cos(math.pi * step / phase.steps))
+    elif phase.lr_schedule == "drops":
+        rate *= phase.lr_gamma ** sum(step >= drop for drop in phase.lr_drops)
+    return rate * min(1.0, (step + 1) / phase.lr_warmup) if phase.lr_warmup else rate

@@ -150,7 +150,9 @@ class Trainer:
         return twin
 
     def _plain(self, name: str, phase: PhaseConfig) -> Stage:
-        return Stage(name, phase, self.model, CrossEntropy(self.model), {"validation": self.model})
+        return Stage(
+            name, phase, self.model, CrossEntropy(self.model, phase.label_smoothing), {"validation": self.model}
+        )
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
         phase = stage.phase

@@ -80,7 +80,7 @@ def test_nothing_is_saved_and_nothing_learns() -> None:
     loss = MutualDistillationLoss()
     assert loss.state_dict() == {}
     assert list(loss.parameters()) == []
-    assert {name for name, _ in loss.named_buffers()} == {"alpha", "beta"}
+    assert {name for name, _ in loss.named_buffers()} == {"alpha", "beta", "teacher_alpha", "teacher_beta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -59,8 +59,19 @@ BASELINES = {
 
 
 def test_there_is_a_recipe_for_each_cell_of_the_tables() -> None:
-    assert set(recipe_names()) == {*PAPER_RECIPES, *BASELINES, "demo"}
+    assert set(recipe_names()) == {*PAPER_RECIPES, *BASELINES, *PLUS, "demo"}
     assert {path.stem for path in RECIPES.glob("*.toml")} == {*recipe_names(), "_kws", "_cifar100"}
+
+
+PLUS = ("kws-res8-narrow-plus-w4-p90",)
+
+
+@pytest.mark.parametrize("name", PLUS)
+def test_plus_takes_the_papers_passes_and_grid(name: str) -> None:
+    plus, paper = load_recipe(name), load_recipe(name.replace("-plus", ""))
+    assert (plus.pqk.bits, plus.pqk.sparsity, plus.data) == (paper.pqk.bits, paper.pqk.sparsity, paper.data)
+    assert plus.phase1.steps + plus.phase2.steps == paper.phase1.steps + paper.phase2.steps
+    assert plus.data.batch_size == paper.data.batch_size
 
 
 @pytest.mark.parametrize("name", PAPER_RECIPES)

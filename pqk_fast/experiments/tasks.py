@@ -105,8 +105,15 @@ def _what_matters(recipe: Recipe, stage: str, needs: tuple[str, ...]) -> Recipe:
     if stage == "phase1":
         return replace(own, phase2=Phase2Config())
     if stage == "finetune":  # cross-entropy alone, with phase 2's schedule and a rate of its own
-        cross_entropy = {name: getattr(default, name) for name in ("lr", "alpha", "beta", "temperature", "forward")}
-        return replace(own, phase2=replace(own.phase2, distill_start=0, **cross_entropy))
+        return replace(own, phase2=_without(own.phase2, "lr", "alpha", "beta", "temperature", *OF_THE_FULL_NET))
     if stage == "distill":
-        return replace(own, phase2=replace(own.phase2, distill_start=0, forward="auto"))
+        return replace(own, phase2=_without(own.phase2, *OF_THE_FULL_NET))
     return own
+
+
+OF_THE_FULL_NET = ("distillation", "teacher_rest", "forward")
+
+
+def _without(phase: Phase2Config, *names: str) -> Phase2Config:
+    """With these settings as they are by default, and distillation from the first step."""
+    return replace(phase, distill_start=0, **{name: getattr(Phase2Config(), name) for name in names})

@@ -150,7 +150,7 @@ class Loop:
         stage.objective.set_step(step)
         check = partial(self._check_loss, step, x) if step % self._check_every == 0 else None
         try:
-            due = stage.pruner is not None and stage.pruner.advance()
+            due = 0 if stage.pruner is None else stage.pruner.advance()
             self.losses += self.step(x, y, due, check)
             if due and stage.pruner is not None and self.device.type == "cpu":
                 stage.pruner.check()  # a GPU is asked at the end of an epoch

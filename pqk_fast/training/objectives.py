@@ -41,19 +41,27 @@ class Objective(nn.Module):
 class CrossEntropy(Objective):
     """Of the model's own output: phase 1 (Eq. 6), plain training and finetuning."""
 
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__(model)
+        self.label_smoothing = label_smoothing
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(x), y)
+        return F.cross_entropy(self.model(x), y, label_smoothing=self.label_smoothing)
 
 
 class MutualDistillation(Objective):
-    """Of student and full net (Eqs 9, 10); for the first ``distill_start`` steps their cross-entropy alone."""
+    """Of student and full net (Eqs 9, 10); for the first ``distill_start`` steps their cross-entropy alone.
+
+    What the full net learns from, and until when, is :class:`~pqk_fast.config.Phase2Config`'s ``distillation`` and
+    ``teacher_rest``.
+    """
 
     def __init__(self, model: nn.Module, phase: Phase2Config, mode: str) -> None:
         super().__init__(model)
-        self.loss = MutualDistillationLoss(phase.alpha, phase.beta, phase.temperature)
+        self.loss = MutualDistillationLoss(phase.alpha, phase.beta, phase.temperature, phase.label_smoothing)
         self.mode: str = mode
         self._phase = phase
-        self._warm_up: bool | None = None
+        self._weights: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     def choose_mode(self, x: Tensor) -> None:
         """What "auto" means."""
@@ -62,10 +70,15 @@ class MutualDistillation(Objective):
     def set_step(self, step: int) -> None:
         """Weigh the losses."""
         phase = self._phase
-        warm_up = step < phase.distill_start
-        if warm_up != self._warm_up:
-            self.loss.set_weights(*((1.0, 0.0) if warm_up else (phase.alpha, phase.beta)))
-            self._warm_up = warm_up
+        student = teacher = (1.0, 0.0)
+        if step >= phase.distill_start:
+            student = (phase.alpha, phase.beta)
+            teacher = student if phase.distillation == "mutual" else (1.0, 0.0)
+        if step >= phase.steps - phase.teacher_rest:
+            teacher = (0.0, 0.0)
+        if (student, teacher) != self._weights:
+            self.loss.set_weights(*student, teacher=teacher)
+            self._weights = student, teacher
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         student, teacher = dual_forward(self.model, x, self.mode)
@@ -83,8 +96,8 @@ class SeparateTeacher(Objective):
     def __init__(self, model: nn.Module, teacher: nn.Module, phase: Phase2Config, co_study: int = 0) -> None:
         super().__init__(model)
         self.teacher = teacher
-        self.one_way = DistillationLoss(phase.alpha, phase.beta, phase.temperature)
-        self.mutual = MutualDistillationLoss(phase.alpha, phase.beta, phase.temperature)
+        weights = (phase.alpha, phase.beta, phase.temperature, phase.label_smoothing)
+        self.one_way, self.mutual = DistillationLoss(*weights), MutualDistillationLoss(*weights)
         self._co_study = co_study
         self.set_step(0)
 

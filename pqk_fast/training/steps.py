@@ -50,7 +50,7 @@ class Step:
             else:
                 group["lr"] = lr * group["lr_scale"]
 
-    def __call__(self, x: Tensor, y: Tensor, due: bool = False, check: Check | None = None) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, due: int = 0, check: Check | None = None) -> Tensor:
         """``check`` sees the loss before the weights change."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
@@ -84,7 +84,7 @@ class Step:
 
 
 class CapturedStep(Step):
-    """A :class:`Step` that is captured into CUDA graphs, one with and one without a mask update, and replayed.
+    """A :class:`Step` that is captured into CUDA graphs, one for each thing that its Pruner may have due, and replayed.
 
     The first steps run as Python calls them. Batches are copied into the graphs' own; they must keep their shape.
     ``check`` sees the loss after the step. :func:`why_not_captured` says where this cannot be.
@@ -93,11 +93,11 @@ class CapturedStep(Step):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._done = 0
-        self._graphs: dict[bool, Callable[[], Tensor]] = {}
+        self._graphs: dict[int, Callable[[], Tensor]] = {}
         self._pool: Any = None
         self._x = self._y = torch.empty(0)
 
-    def __call__(self, x: Tensor, y: Tensor, due: bool = False, check: Check | None = None) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, due: int = 0, check: Check | None = None) -> Tensor:
         if self._done < WARM_UP:
             loss = self._aside(x, y, due)
         else:
@@ -119,7 +119,7 @@ class CapturedStep(Step):
             check(loss)
         return loss
 
-    def _aside(self, x: Tensor, y: Tensor, due: bool) -> Tensor:
+    def _aside(self, x: Tensor, y: Tensor, due: int) -> Tensor:
         """A step on a stream of its own, as what precedes a capture must be."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
