@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pqk_fast import reference
@@ -51,6 +52,32 @@ def test_mutual_is_the_sum_and_mixes_no_gradients(alpha: float, beta: float, tem
     value.backward()
     same(student.grad, torch.autograd.grad(of_student, student)[0])
     same(teacher.grad, torch.autograd.grad(of_teacher, teacher)[0])
+
+
+def test_the_teacher_may_have_weights_of_its_own() -> None:
+    student, teacher, labels = batch()
+    loss = MutualDistillationLoss()
+    loss.set_weights(0.25, 3.0, teacher=(1.0, 0.0))
+    value = loss(student, teacher, labels)
+    same(value, DistillationLoss(0.25, 3.0)(student, teacher, labels) + F.cross_entropy(teacher, labels))
+    value.backward()
+    assert teacher.grad.abs().max() > 0
+    loss.set_weights(0.25, 3.0, teacher=(0.0, 0.0))
+    student.grad, teacher.grad = None, None
+    loss(student, teacher, labels).backward()
+    assert student.grad.abs().max() > 0
+    assert teacher.grad.abs().max() == 0
+    loss.set_weights(0.5, 0.5)
+    same(loss(student, teacher, labels), MutualDistillationLoss()(student, teacher, labels))
+
+
+def test_label_smoothing_is_the_cross_entropys() -> None:
+    student, teacher, labels = batch()
+    for kind in (DistillationLoss, MutualDistillationLoss):
+        plain, smooth = (kind(0.5, 0.5, label_smoothing=part)(student, teacher, labels) for part in (0.0, 0.1))
+        sides = (student,) if kind is DistillationLoss else (student, teacher)
+        change = sum(F.cross_entropy(x, labels, label_smoothing=0.1) - F.cross_entropy(x, labels) for x in sides)
+        same(smooth - plain, 0.5 * change)
 
 
 def test_by_hand() -> None:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pqk_fast import PQKConfig, Pruner, prepare
 from pqk_fast.branches import pqk_layers
+from pqk_fast.step_size import initial_step
 
 
 def test_a_step_is_its_three_parts() -> None:
@@ -115,3 +116,31 @@ def test_two_graphs_make_the_masks_of_a_phase() -> None:
     graphs[True].replay()
     with pytest.raises(ValueError, match="the weight of layer '0'"):
         replayed.check()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_every_so_many_masks_the_step_sizes_follow_the_kept_weights(per_channel: bool) -> None:
+    config = PQKConfig(sparsity=0.8, mask_interval=2, step_tracking=3, per_channel=per_channel)
+    model = prepare(small_model(), config)
+    pruner = Pruner(model, 20, 4)
+    model(batch(0)[0])
+    layers = pqk_layers(model).values()
+    told = []
+    for step in range(1, 21):
+        for layer in layers:
+            layer.weight_step.data.fill_(0.5)
+        told.append(pruner.advance())
+        pruner.update(told[-1])
+        for layer in layers:
+            tracked = initial_step(layer.weight, layer.weight_mask, layer.bits, "mse", per_channel)
+            assert torch.equal(layer.weight_step, tracked) == (step % 6 == 0), step
+            assert layer.weight_step.shape == tracked.shape
+    assert told == [0, 1, 0, 1, 0, 2, 0, 1, 0, 1, 0, 2, 0, 1, 0, 1, 0, 2, 0, 0]
+
+
+def test_tracking_needs_whole_weights_and_a_grid() -> None:
+    model = prepare(small_model(), PQKConfig(bits=32, mask_interval=1, step_tracking=1))
+    pruner = Pruner(model, 9, 1)
+    model(batch(0)[0])
+    pruner.step()
+    assert all(layer.weight_step.item() == 1 for layer in pqk_layers(model).values())

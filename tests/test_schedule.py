@@ -1,5 +1,6 @@
 """When masks move, how sparse they are, and the learning rate: at every boundary."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -125,6 +126,14 @@ def test_learning_rate_drops_by_gamma() -> None:
 def test_cosine_learning_rate(step: int, expected: float) -> None:
     phase = PhaseConfig(steps=4, lr=0.2, lr_schedule="cosine")
     assert learning_rate(step, phase) == pytest.approx(expected, abs=1e-16)
+
+
+@pytest.mark.parametrize("schedule", ["drops", "cosine", "constant"])
+def test_warm_up_rises_in_a_line_to_the_schedule(schedule: str) -> None:
+    plain = PhaseConfig(steps=40, lr=0.2, lr_schedule=schedule, lr_drops=(3, 20))
+    warm = replace(plain, lr_warmup=5)
+    shares = [learning_rate(step, warm) / learning_rate(step, plain) for step in range(40)]
+    assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 36])
 
 
 def test_constant_learning_rate() -> None:
