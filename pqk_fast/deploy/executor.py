@@ -74,11 +74,12 @@ class NetworkRuntime(nn.Module):
 
 
 def compile_network(model: nn.Module, example: Tensor) -> NetworkRuntime:
-    """``model`` (plain, in evaluation mode) as one call for inputs of the shape of ``example``, fp32 ``[1, ...]``.
+    """``model`` (plain, in evaluation mode) as one call for inputs of the shape of ``example``, fp32 ``[B, ...]``.
 
-    Raises ValueError, by :func:`~pqk_fast.deploy.graph.read_graph`, for an operation that is not supported.
+    The batch may have any size; its samples are computed one after the other. Weights are taken as they are now. Raises
+    ValueError, by :func:`~pqk_fast.deploy.graph.read_graph`, for an operation that is not supported.
     """
-    return NetworkRuntime(model, example)
+    return NetworkRuntime(model, example[:1])
 
 
 class _Writer:
