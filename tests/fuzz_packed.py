@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from test_c_source import EveryOperation
 from test_executor import CONVS, Block, trained
 from test_packed import rebuilt, student
 from torch import nn
@@ -196,12 +197,17 @@ def main() -> int:
     options.findings.mkdir(parents=True, exist_ok=True)
     whole = seeds(options.findings)
     (options.findings / "seed.pqk").unlink()
-    block = compile_network(trained(Block([CONVS[0], CONVS[10]])), torch.zeros(1, 2, 9, 7))
-    sample = torch.randn(1, 2, 9, 7)
+    programs = [
+        (compile_network(trained(model), sample), sample)
+        for model, sample in (
+            (Block([CONVS[0], CONVS[10]]), torch.randn(1, 2, 9, 7)),
+            (EveryOperation(), torch.randn(1, 3, 11, 17)),
+        )
+    ]
     outcomes: Counter[str] = Counter()
     begin = said = time.monotonic()
     while (now := time.monotonic()) - begin < options.seconds:
-        outcomes[use_program(draw, block, sample)] += 1
+        outcomes[use_program(draw, *programs[int(draw.integers(2))])] += 1
         seed, network = whole[int(draw.integers(len(whole)))]
         content = damaged_file(seed, draw)
         (options.findings / "last.pqk").write_bytes(content)  # what a crash leaves behind
