@@ -20,6 +20,8 @@ from pqk_fast.commands.options import (
     count,
     step_options,
 )
+from pqk_fast.config import ConfigError
+from pqk_fast.experiments import plus
 from pqk_fast.experiments.reproduce import TARGETS, make_page, plan, train_missing
 from pqk_fast.experiments.results import Results
 from pqk_fast.experiments.runner import Runs
@@ -30,11 +32,15 @@ MOST_JOBS = 8  # trainings at a time unless told otherwise: each takes a gigabyt
 def add(commands: Commands) -> None:
     text = "the paper's tables and the baselines: train what is missing, make the page"
     sub = command(commands, reproduce, "reproduce", text)
-    names = (*TARGETS, "all")
-    sub.add_argument("targets", nargs="+", choices=names, metavar="TARGET", help=", ".join(names))
+    names = (*TARGETS, "all", "plus")
+    sub.add_argument(
+        "targets", nargs="+", choices=names, metavar="TARGET", help=f"{', '.join(names)} (beyond the paper)"
+    )
     sub.add_argument("--data", type=Path, metavar="DIR", help="folder of Speech Commands; else nothing is trained")
     sub.add_argument("--cifar", type=Path, metavar="DIR", help="folder of CIFAR-100, for table1's ResNet-32")
-    sub.add_argument("--cells", nargs="+", default=[], metavar="RECIPE", help="train these recipes only")
+    sub.add_argument(
+        "--cells", nargs="+", default=[], metavar="RECIPE", help="train these recipes only (plus: rows with a word)"
+    )
     sub.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     sub.add_argument("--jobs", type=count, metavar="N", help="trainings at a time (default: one a core, 1 on a GPU)")
     sub.add_argument(
@@ -48,9 +54,11 @@ def add(commands: Commands) -> None:
 
 
 def reproduce(args: argparse.Namespace) -> None:
+    if "plus" in args.targets and len(args.targets) > 1:
+        raise ConfigError("plus makes a page of its own: give it alone")
     targets = list(TARGETS) if "all" in args.targets else [target for target in TARGETS if target in args.targets]
     results = Results(Runs(args.out), args.seeds, args.set)
-    tasks = plan(targets, results, args.cells)
+    tasks = plan(targets, results, args.cells) if targets else plus.plan(results, args.cells)
     if args.list:
         table = Table("task", "steps", "trained", box=box.SIMPLE_HEAD)
         for task in tasks:
@@ -60,5 +68,5 @@ def reproduce(args: argparse.Namespace) -> None:
     folders = {"speech_commands": args.data, "cifar100": args.cifar}
     jobs = args.jobs or (min(os.cpu_count() or 1, MOST_JOBS) if args.device == "cpu" else 1)
     train_missing(tasks, args.out, folders, jobs, console, args.device, **step_options(args))
-    page = make_page(targets, results)
-    console.print(escape(f"written: {', '.join(str(path) for path in page.write(args.page or args.out, 'results'))}"))
+    page, name = (make_page(targets, results), "results") if targets else (plus.make_page(results), "plus")
+    console.print(escape(f"written: {', '.join(str(path) for path in page.write(args.page or args.out, name))}"))

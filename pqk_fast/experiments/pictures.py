@@ -157,21 +157,25 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     return _png(figure)
 
 
-def side_by_side(methods: Sequence[tuple[str, Sample]], highlight: str) -> bytes:
-    """Testing accuracy of each method, best last: every seed a dot, the mean a mark. ValueError without any."""
-    ranked = sorted(((title, s) for title, s in methods if len(s)), key=lambda pair: pair[1].mean)
+def side_by_side(
+    methods: Sequence[tuple[str, Sample]],
+    highlight: str,
+    title: str = "Testing accuracy after the same number of steps",
+) -> bytes:
+    """Accuracy of each method, best last: every seed a dot, the mean a mark. ValueError without any."""
+    ranked = sorted(((name, s) for name, s in methods if len(s)), key=lambda pair: pair[1].mean)
     if not ranked:
         raise ValueError("no method has been trained yet")
     figure = _figure(8.6, 1.4 + 0.42 * len(ranked))
     axes = figure.subplots()
-    for y, (title, sample) in enumerate(ranked):
-        colour = VERMILION if title == highlight else BLUE
+    for y, (name, sample) in enumerate(ranked):
+        colour = VERMILION if name == highlight else BLUE
         values = list(sample.values.values())
         axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=5, alpha=0.25, solid_capstyle="round")
         axes.plot(values, [y] * len(values), "o", color=colour, markersize=5)
         axes.plot([sample.mean], [y], "|", color=BLACK, markersize=17, markeredgewidth=1.6)
         axes.text(sample.mean, y + 0.44, f"{sample.mean:.1f}", fontsize=8, color=GREY, ha="center", va="center")
-    axes.set_yticks(range(len(ranked)), [title for title, _ in ranked], fontsize=10)
+    axes.set_yticks(range(len(ranked)), [name for name, _ in ranked], fontsize=10)
     axes.set_ylim(-0.6, len(ranked) - 0.2)
-    _plain(axes, "Testing accuracy after the same number of steps", "accuracy (%): seeds, and their mean", "")
+    _plain(axes, title, "accuracy (%): seeds, and their mean", "")
     return _png(figure)
