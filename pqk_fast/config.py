@@ -61,13 +61,6 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """True if ``pattern`` is the module ``name``, one of its parents, or (``re:...``) a regex matching all of it."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return name == pattern or name.startswith(pattern + ".")
-
-
 def pruned_of_group(sparsity: float, group_size: int) -> int:
     """How many weights of a group a sparsity prunes: rounded down, but for what binary fractions miss."""
     return int(sparsity * group_size + 1e-6)
@@ -84,6 +77,7 @@ class PQKConfig:
             ``group_size`` inputs of each (N:M sparsity: 0.5 in groups of 4 ends at 2:4).
         group_size: M of N:M, 2..16, for scope "group"; ``sparsity * group_size`` must be whole.
         layer_sparsity: name or ``re:`` pattern -> that layer's own sparsity, outside the global pool.
+        layer_bits: name or ``re:`` pattern -> that layer's own bits, 2..8: mixed precision.
         exclude: names or ``re:`` patterns of Linear and convolution layers (or what holds them) that stay as they are.
         mask_interval: optimizer steps between mask updates, p_u.
         mask_end: part of phase 1, in (0, 1], after which p_t is reached and the mask no longer moves.
@@ -103,6 +97,7 @@ class PQKConfig:
     scope: str = "global"
     group_size: int = 4
     layer_sparsity: Mapping[str, float] = field(default_factory=dict)
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     mask_interval: int = 32
     mask_end: float = 1.0
@@ -127,7 +122,9 @@ class PQKConfig:
         )
         for name, value in self.layer_sparsity.items():
             check_sparsity(value, f"layer_sparsity[{name!r}]")
-        for pattern in (*self.exclude, *self.layer_sparsity):
+        for name, value in self.layer_bits.items():
+            check_bits(value, f" (layer_bits[{name!r}])")
+        for pattern in (*self.exclude, *self.layer_sparsity, *self.layer_bits):
             require(isinstance(pattern, str), f"patterns are module names or 're:...', got {pattern!r}")
             if pattern.startswith("re:"):
                 try:

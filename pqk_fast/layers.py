@@ -38,7 +38,8 @@ class PQKLayer(TwoPhase):
     """What the three layers share. Not instantiated itself.
 
     Attributes: ``weight`` (latent, Parameter), ``weight_mask`` (bool buffer, True = kept), ``weight_step`` (fp32
-    Parameter [1] or [C]), ``config``, ``phase``, ``branch``, ``ran`` (True once a forward has used the layer).
+    Parameter [1] or [C]), ``config``, ``bits``, ``phase``, ``branch``, ``ran`` (True once a forward has used the
+    layer).
     """
 
     float_type: type[nn.Module]
@@ -47,6 +48,7 @@ class PQKLayer(TwoPhase):
     bias: Any
     weight_mask: Tensor
     weight_step: nn.Parameter
+    bits: int
     fused: bool  # see pqk_fast.fusion
     fed: tuple[Tensor, Any] | None  # the student's weight for the forward under way, and what it was made from
 
@@ -54,23 +56,19 @@ class PQKLayer(TwoPhase):
         super().__init__(*args, **kwargs)
         self._attach(config or PQKConfig())
 
-    def _attach(self, config: PQKConfig) -> None:
+    def _attach(self, config: PQKConfig, bits: int | None = None) -> None:
         mask = torch.ones_like(self.weight, dtype=torch.bool)
         self.register_buffer("weight_mask", mask)
         self.config = config
+        self.bits = config.bits if bits is None else bits
         self.weight_step = nn.Parameter(self._first_step(self.weight, mask))
         self.ran, self.fused, self.fed = False, False, None
         self._start()
 
     def _first_step(self, weight: Tensor, mask: Tensor) -> Tensor:
-        config = self.config
-        if not is_quantized(config.bits):
+        if not is_quantized(self.bits):
             return torch.ones(1, dtype=torch.float32, device=weight.device)
-        return initial_step(weight, mask, config.bits, config.step_init, config.per_channel)
-
-    @property
-    def bits(self) -> int:
-        return self.config.bits
+        return initial_step(weight, mask, self.bits, self.config.step_init, self.config.per_channel)
 
     def set_phase(self, phase: int) -> None:
         """Phase 2 freezes the step size; the mask is the Pruner's, which refuses phase 2."""
@@ -153,8 +151,10 @@ class PQKLayer(TwoPhase):
             entries["weight_step"] = step.float()
 
     @classmethod
-    def from_float(cls: type[Layer], module: nn.Module, config: PQKConfig) -> Layer:
+    def from_float(cls: type[Layer], module: nn.Module, config: PQKConfig, bits: int | None = None) -> Layer:
         """The layer around ``module``'s own parameters (shared, not copied). Masks keep everything at first.
+
+        ``bits`` are the layer's own, by default the config's.
 
         Raises TypeError if ``module`` is not exactly the float layer that this class stands for, or if its weight is
         not an fp32, bf16 or fp16 Parameter (weight_norm).
@@ -170,7 +170,7 @@ class PQKLayer(TwoPhase):
             raise TypeError(f"weights must be fp32, bf16 or fp16, got {module.weight.dtype}; use model.float() first")
         layer = cls.__new__(cls)
         take_over(layer, module)
-        layer._attach(config)
+        layer._attach(config, bits)
         return layer
 
     @torch.no_grad()

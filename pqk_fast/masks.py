@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pqk_fast import gpu, ops, sharding
 from pqk_fast.branches import config_of, require_prepared
-from pqk_fast.config import ConfigError, PQKConfig, is_quantized, matches, pruned_of_group
+from pqk_fast.config import ConfigError, PQKConfig, is_quantized, pruned_of_group
 from pqk_fast.layers import PQKLayer
+from pqk_fast.patterns import of_layer
 from pqk_fast.schedule import last_mask_step, sparsity_of_mask
 from pqk_fast.step_size import SMALLEST_STEP, initial_step
 
@@ -134,14 +135,12 @@ class Pruner:
         pools: list[_Pool] = []
         shared: dict[str, PQKLayer] = {}
         for name, layer in self._unique.items():
-            own = [p for pattern, p in self.config.layer_sparsity.items() if matches(name, pattern)]
-            if len(set(own)) > 1:
-                raise ConfigError(f"layer_sparsity names layer {name!r} by several patterns with targets {own}")
+            own = of_layer("layer_sparsity", self.config.layer_sparsity, name)
+            target = self.config.sparsity if own is None else own
             if self.config.scope == "group":
-                target = own[0] if own else self.config.sparsity
                 pools.append(_Groups(name, layer, target, self.config.group_size))
-            elif own or self.config.scope == "layer":
-                pools.append(_Pool({name: layer}, own[0] if own else self.config.sparsity))
+            elif own is not None or self.config.scope == "layer":
+                pools.append(_Pool({name: layer}, target))
             else:
                 shared[name] = layer
         return [_Pool(shared, self.config.sparsity), *pools] if shared else pools

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +13,12 @@ from torch import nn
 
 from pqk_fast import sharding
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
-from pqk_fast.config import STEP_LR_RULES, ConfigError, PQKConfig, check_choice, matches, nearest
+from pqk_fast.config import STEP_LR_RULES, PQKConfig, check_choice
 from pqk_fast.dual_batch_norm import BATCH_NORMS, DualBatchNorm, DualSyncBatchNorm
 from pqk_fast.folding import fold_batch_norm
 from pqk_fast.fusion import unfuse
 from pqk_fast.layers import PQK_LAYERS, PQKLayer
+from pqk_fast.patterns import check_patterns, matches, of_layer
 from pqk_fast.reference import levels
 from pqk_fast.two_phase import TwoPhase
 
@@ -43,13 +44,6 @@ def _share_with_twin(layer: PQKLayer, twins: dict[torch.Tensor, PQKLayer]) -> No
     twin = twins.setdefault(layer.weight, layer)
     layer.weight_step = twin.weight_step
     layer._buffers["weight_mask"] = twin.weight_mask
-
-
-def _check_patterns(setting: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            hint = "" if pattern.startswith("re:") else nearest(pattern, names)
-            raise ConfigError(f"{setting}: {pattern!r} matches none of the layers that can be prepared{hint}")
 
 
 def _refuse_ties(model: nn.Module, config: PQKConfig) -> None:
@@ -97,7 +91,7 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
     named = dict(model.named_modules())
     # under every name that a shared module has
     candidates = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, tuple(_LAYER_OF))}
-    _check_patterns("exclude", config.exclude, candidates)
+    check_patterns("exclude", config.exclude, candidates)
     excluded = {m for n, m in candidates.items() if any(matches(n, pattern) for pattern in config.exclude)}
     swapped: dict[nn.Module, nn.Module] = {}
     left_float: list[str] = []
@@ -112,7 +106,7 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
             if kind is None:
                 left_float.append(f"{name} ({type(module).__name__})")
                 continue
-            layer = kind.from_float(module, config)
+            layer = kind.from_float(module, config, of_layer("layer_bits", config.layer_bits, name))
             _share_with_twin(layer, twins)
             swapped[module] = layer
     if not twins:
@@ -128,7 +122,8 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
     prepared = _replace(model, swapped)
     layers = [n for n, m in prepared.named_modules(remove_duplicate=False) if isinstance(m, PQKLayer)]
     try:
-        _check_patterns("layer_sparsity", config.layer_sparsity, layers)
+        check_patterns("layer_sparsity", config.layer_sparsity, layers)
+        check_patterns("layer_bits", config.layer_bits, layers)
         _refuse_ties(prepared, config)
     except ValueError:
         _replace(prepared, {new: old for old, new in swapped.items()})

@@ -17,11 +17,11 @@ from pqk_fast.config import (
     PQKConfig,
     check_bits,
     check_sparsity,
-    matches,
     nearest,
     recipe_from_dict,
     to_dict,
 )
+from pqk_fast.patterns import matches
 
 NAN, INF = math.nan, math.inf
 
@@ -51,6 +51,8 @@ def refused(message: str):
         (PQKConfig, {"layer_sparsity": {"conv0": 1.0}}, "layer_sparsity['conv0'] must lie in [0, 1)"),
         (PQKConfig, {"layer_sparsity": {"conv0": NAN}}, "layer_sparsity['conv0'] must lie in [0, 1)"),
         (PQKConfig, {"layer_sparsity": {"conv0": "x"}}, "layer_sparsity['conv0'] must lie in [0, 1)"),
+        (PQKConfig, {"layer_bits": {"conv0": 32}}, "bits must be an integer in 2..8, got 32 (layer_bits['conv0'])"),
+        (PQKConfig, {"layer_bits": {"re:(": 4}}, "'re:(' is not a regular expression: "),
         (PQKConfig, {"layer_sparsity": [0.5]}, "layer_sparsity must be a table, got [0.5]"),
         (PQKConfig, {"layer_sparsity": {"re:(": 0.5}}, "'re:(' is not a regular expression: "),
         (PQKConfig, {"exclude": ("re:[",)}, "'re:[' is not a regular expression: "),

@@ -1,6 +1,7 @@
 """prepare, start_phase2, convert, param_groups: swapping modules without losing what users rely on."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -16,11 +17,15 @@ from pqk_fast import (
     branch,
     convert,
     dual_forward,
+    fuse,
     param_groups,
     prepare,
     start_phase2,
 )
-from pqk_fast.branches import pqk_layers
+from pqk_fast.branches import config_of, pqk_layers
+from pqk_fast.deploy.packed import load_packed, save_packed
+from pqk_fast.deploy.reader import read_packed
+from pqk_fast.reference import levels
 
 
 def net(seed=0):
@@ -108,6 +113,10 @@ def test_errors_say_what_to_do():
         prepare(nn.ModuleDict({"head": nn.Linear(3, 3)}), PQKConfig(exclude=("hed",)))
     with pytest.raises(ConfigError, match=r"layer_sparsity: '1' matches none of the layers"):
         prepare(net(), PQKConfig(layer_sparsity={"1": 0.5}))
+    with pytest.raises(ConfigError, match=r"layer_bits: '1' matches none of the layers"):
+        prepare(net(), PQKConfig(layer_bits={"1": 8}))
+    with pytest.raises(ConfigError, match=r"layer_bits names layer '0' by several patterns with \[8, 2\]"):
+        prepare(net(), PQKConfig(layer_bits={"0": 8, "re:.*": 2}))
     with pytest.raises(TypeError, match=r"config must be a PQKConfig, got dict"):
         prepare(net(), {"bits": 4})
     late = nn.SyncBatchNorm.convert_sync_batchnorm(prepare(net(), PQKConfig(sparsity=0.5, initial_sparsity=0.5)))
@@ -307,3 +316,29 @@ def test_param_groups():
     }  # fmt: skip
     with pytest.raises(ValueError, match="no PQK layers"):
         param_groups(net(), 0.1)
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["as prepared", "fused"])
+def test_layers_have_bits_of_their_own(made, tmp_path):
+    """Mixed precision: steps, weights, copies, both phases and the packed file follow each layer's bits."""
+    config = PQKConfig(bits=3, sparsity=0.5, step_init="max", layer_bits={"0": 8, "re:5": 2}, mask_interval=1)
+    model = prepare(net(), config)
+    bits = {name: layer.bits for name, layer in pqk_layers(model).items()}
+    assert bits == {"0": 8, "5": 2}
+    assert config_of(model) == config
+    for layer in pqk_layers(model).values():
+        assert layer.weight_step.item() == pytest.approx(float(layer.weight.abs().max()) / levels(layer.bits))
+    Pruner(model, 1, 1)
+    if made:
+        fuse(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), start_phase2(model)):
+        for name, layer in pqk_layers(other).items():
+            assert layer.bits == bits[name]
+            values = layer.student_weight() / layer.weight_step
+            assert values.abs().max().round() == levels(layer.bits)
+    save_packed(model.eval(), tmp_path / "s.pqk")
+    assert {name: layer.bits for name, layer in read_packed(tmp_path / "s.pqk").layers.items()} == bits
+    plain = convert(model)
+    assert not any(hasattr(module, "bits") for module in plain.modules())
+    x = torch.randn(4, 3, 8)
+    assert torch.equal(load_packed(tmp_path / "s.pqk", net())(x), model(x))

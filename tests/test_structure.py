@@ -24,6 +24,7 @@ ORDER = (
     "gpu",
     "native",
     "config",
+    "patterns",
     "recipe_files",
     "schedule",
     "dispatch",

@@ -39,6 +39,7 @@ CASES = {
     "pqk.scope=layer": STUDENTS,
     "pqk.group_size=8": STUDENTS,
     "pqk.layer_sparsity={'output': 0.5}": STUDENTS,
+    "pqk.layer_bits={'output': 8}": STUDENTS,
     "pqk.exclude=('conv0',)": STUDENTS,
     "pqk.mask_interval=16": STUDENTS,
     "pqk.mask_end=0.5": STUDENTS,
