@@ -159,11 +159,11 @@ void run_conv(const Program& program, const Step& step, const Memory& memory, in
             sums);
   if (direct) return;
   if (conv.pitch == step.out.pitch) {
-    std::memcpy(out, sums, conv.positions * sizeof(float));
+    std::memmove(out, sums, conv.positions * sizeof(float));
     return;
   }
   for (int64_t y = 0; y < step.out.rows; ++y)
-    std::memcpy(out + y * step.out.pitch, sums + y * conv.pitch, step.out.columns * sizeof(float));
+    std::memmove(out + y * step.out.pitch, sums + y * conv.pitch, step.out.columns * sizeof(float));
 }
 
 void run_deal(const Step& step, const Memory& memory, int64_t c) {
@@ -176,7 +176,7 @@ void run_deal(const Step& step, const Memory& memory, int64_t c) {
     const int64_t row = y + deal.padding_height, phase = row % deal.stride_height * deal.stride_width;
     float* to = out + phase * size + row / deal.stride_height * step.out.pitch;
     if (deal.stride_width == 1) {
-      std::memcpy(to + deal.padding_width, x, step.in[0].columns * sizeof(float));
+      std::memmove(to + deal.padding_width, x, step.in[0].columns * sizeof(float));
       continue;
     }
     for (int64_t i = 0; i < step.in[0].columns; ++i) {

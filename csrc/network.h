@@ -76,7 +76,8 @@ struct Program {
   int64_t size(Place place) const;
 };
 
-// What is wrong with a program, or null: whether every access stays within memory.
+// What is wrong with a program, or null: whether every access stays within memory. (Values may overlap, which a program
+// that executor.py wrote does only in place: then results are nonsense, but nothing else happens.)
 const char* problem(const Program& program);
 
 // out [batch, output] of x [batch, input]. Memory is kept between calls, for each thread.

@@ -48,7 +48,7 @@ inline void combine(const float* x, int64_t apart, int64_t count, int64_t n, flo
   else if (count == 4)
     for (; i < n; ++i) to[i] = both(both(both(x[i], x[i + apart]), x[i + 2 * apart]), x[i + 3 * apart]);
   else {
-    std::memcpy(to, x, n * sizeof(float));
+    std::memmove(to, x, n * sizeof(float));
     for (int64_t k = 1; k < count; ++k)
       for (i = 0; i < n; ++i) to[i] = both(to[i], x[i + k * apart]);
   }
