@@ -32,7 +32,7 @@ PAPER_RECIPES = [
 BASE = "kws-res8-narrow-w4-p90"
 LONG = {"stages": ("phase1",), "phase1.steps": 12145, "phase1.lr_drops": (4038, 8077)}
 BASELINES = {
-    "baseline-dpf": {**LONG, "pqk.mask_interval": 16},
+    "baseline-dpf": {**LONG, "pqk.mask_interval": 16, "pqk.mask_end": 0.5},
     "baseline-gradual": {"stages": ("phase1", "finetune"), "pqk.mask_gradients": True},
     "baseline-kd": {"stages": ("vanilla", "phase1", "distill")},
     "baseline-lsq": {
@@ -164,7 +164,7 @@ def test_what_the_baselines_settings_come_to() -> None:
     assert last_mask_step(one_shot.phase1.steps, start.mask_interval, start.mask_end) == 0, "the first mask is the last"
     schedule = {"steps": 3123, "epoch_steps": 347, "interval": start.mask_interval, "mask_end": start.mask_end}
     assert sparsity_of_mask(0, **schedule, target=0.9, initial=start.initial_sparsity) == 0.9
-    assert last_mask_step(long.phase1.steps, long.pqk.mask_interval, long.pqk.mask_end) == 12144, "masks to the end"
+    assert last_mask_step(long.phase1.steps, long.pqk.mask_interval, long.pqk.mask_end) == 6064, "half of the way"
     share = [drop / 9022 for drop in load_recipe(BASE).phase1.lr_drops]
     assert [drop / 12145 for drop in long.phase1.lr_drops] == pytest.approx(share, abs=1e-4)
     assert abs((qkd.phase2.steps - qkd.distill.co_study) - qkd.distill.co_study) <= 1
