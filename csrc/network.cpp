@@ -90,7 +90,8 @@ bool pool_fits(const Program& program, const Step& step) {
   const PoolSettings pool = settings_of<PoolSettings>(step);
   const Value &in = step.in[0], &out = step.out;
   return pool.stride_height > 0 && pool.stride_width > 0 && pool.kernel_height > pool.padding_height &&
-         pool.kernel_width > pool.padding_width && (out.rows - 1) * pool.stride_height - pool.padding_height < in.rows &&
+         pool.kernel_width > pool.padding_width && pool.kernel_height <= in.rows + 2 * pool.padding_height &&
+         pool.kernel_width <= in.columns + 2 * pool.padding_width && (out.rows - 1) * pool.stride_height - pool.padding_height < in.rows &&
          (out.columns - 1) * pool.stride_width - pool.padding_width < in.columns && pool_scratch(pool, in, out) <= program.plane;
 }
 
