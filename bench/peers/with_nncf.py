@@ -1,0 +1,74 @@
+"""NNCF: ``nncf.prune`` and ``nncf.quantize`` with weights of 4 bits.
+
+4 bits are given for the NPU alone. ``nncf.quantize`` puts 8-bit quantizers on activations, too; those are taken out,
+since no other candidate has any.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nncf
+import torch
+from nncf.common.quantization.structs import QuantizationScheme
+from nncf.parameters import PruneMode
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+from nncf.torch.function_hook.pruning.magnitude.algo import update_pruning_ratio
+from nncf.torch.function_hook.wrapper import get_hook_storage
+from nncf.torch.quantization.layers import PTQuantizerSpec, SymmetricQuantizer
+from peer import BITS, Peer, Quantizer
+from torch import Tensor, nn
+
+MODE = PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+
+
+class Nncf(Peer):
+    package = "nncf"
+    does: ClassVar[dict[str, str]] = {
+        "quantizer": "per tensor, learned scale, no mask; its C++ operation",
+        "masks": "nncf.prune, global magnitude (of weights over their layer's norm)",
+        "file": "nncf.strip and torch.onnx.export",
+    }
+
+    def quantizer(self, weight: Tensor, mask: Tensor) -> tuple[Quantizer, list[Tensor]]:
+        spec = PTQuantizerSpec(BITS, QuantizationScheme.SYMMETRIC, True, True, False, (1,), False)
+        quantizer = SymmetricQuantizer(spec)
+        with torch.no_grad():
+            quantizer.scale.fill_(weight.abs().max())
+        return quantizer, [quantizer.scale]
+
+    def add_masks(self, model: nn.Module, x: Tensor) -> nn.Module:
+        return nncf.prune(model, MODE, ratio=0.0, examples_inputs=x)
+
+    def set_sparsity(self, model: nn.Module, sparsity: float) -> None:
+        """What its schedulers call."""
+        update_pruning_ratio(model, MODE, sparsity)
+
+    def _quantize(self, model: nn.Module, x: Tensor) -> nn.Module:
+        training = model.training
+        weights = QuantizationParameters(num_bits=BITS, mode=QuantizationScheme.SYMMETRIC, per_channel=False)
+        quantized: Any = nncf.quantize(
+            model.eval(),
+            nncf.Dataset([x]),
+            subset_size=1,
+            target_device=nncf.TargetDevice.NPU,
+            advanced_parameters=AdvancedQuantizationParameters(
+                disable_bias_correction=True, weights_quantization_params=weights
+            ),
+        )
+        hooks = get_hook_storage(quantized)
+        activations = [
+            name for name, hook in hooks.named_hooks() if isinstance(hook, SymmetricQuantizer) and hook.num_bits != BITS
+        ]
+        for name in activations:
+            hooks.delete_hook(name)
+        return quantized.train(training)
+
+    def learned(self, model: nn.Module) -> list[nn.Parameter]:
+        return [module.scale for module in model.modules() if isinstance(module, SymmetricQuantizer)]
+
+    def export(self, model: nn.Module, x: Tensor, folder: Path) -> Path:
+        stripped = nncf.strip(model.eval(), example_input=x)
+        torch.onnx.export(stripped, (x,), str(folder / "model.onnx"), dynamo=False)
+        return folder / "model.onnx"
