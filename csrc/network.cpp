@@ -104,7 +104,7 @@ bool rearrange_fits(const Program& program, const Step& step) {
     count *= settings.sizes[i];
     if (count >= LARGEST) return false;
   }
-  return step.in[0].first + last < program.size(step.in[0].place) && step.out.first + count <= program.size(step.out.place);
+  return step.planes == 1 && step.in[0].first + last < program.size(step.in[0].place) && step.out.first + count <= program.size(step.out.place);
 }
 
 bool same_run(const Value& a, const Value& b) { return a.run() == b.run(); }
@@ -113,7 +113,9 @@ bool fits(const Program& program, const Step& step) {
   const int64_t* fields = reinterpret_cast<const int64_t*>(&step);
   for (size_t i = 0; i < sizeof step / sizeof *fields; ++i)
     if (fields[i] < 0 || fields[i] >= LARGEST) return false;
-  if (step.planes < 1 || step.out.place == Place::input) return false;
+  // every plane of a stage ends somewhere outside of a thread's own memory
+  if (step.planes < 1 || step.planes > program.input + program.output + program.block) return false;
+  if (step.out.place == Place::input) return false;
   if (step.kind != Kind::rearrange &&
       ((step.kind != Kind::conv && !within(program, step.in[0], step.planes)) ||
        !within(program, step.out, step.planes, step.lead, step.lead + step.gap)))
