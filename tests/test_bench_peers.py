@@ -68,7 +68,7 @@ def test_a_worker_answers(peers: Import, name: str) -> None:
     (ready,) = talk.ask(do="prepare", kind="step", case="res8-narrow")
     about = ready["about"]
     assert about["weights"] == 4 * 9 + 6 * 16 * 9 + 4 * 12
-    assert about["pruned"] >= 0.9
+    assert about["pruned"] == pytest.approx(0.9, abs=1e-3)
     assert (2 <= about["levels"] <= 15, about["learned"]) == (True, 8)
     (asked,) = talk.ask(do="memory")
     assert asked["peak_bytes"] > 3 * 4 * 101 * 40 * 4  # one activation at least
@@ -245,12 +245,12 @@ def test_training_prunes_and_quantizes(peers: Import, monkeypatch: pytest.Monkey
     monkeypatch.setitem(training.WIDTH, "res8_narrow", 6)
     said: list[str] = []
     peer = peers("candidates").CANDIDATES["eager"].load()
-    result = training.Training(peer, training.recipe_of(20, 0), Split(peers), order, said.append).run()
+    result = training.Training(peer, training.recipe_of(40, 0), Split(peers), order, said.append).run()
     assert result["last"]["testing"] > 90
     assert result["used"]["pruned"] >= 0.89
     assert result["used"]["levels"] <= 15
     assert result["best_dev"]["validation"] >= result["last"]["validation"]
-    assert said[-1].startswith("finetune 7 of 7")
+    assert said[-1].startswith("finetune 14 of 14")
     assert result["file_bytes"] > 0
 
 
