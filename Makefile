@@ -1,9 +1,9 @@
-# make demo | make test | make lint | make sanitize | make fuzz | make interpret | make install; each makes .venv first if it is missing.
+# make demo | make test | make bench | make lint | make sanitize | make fuzz | make interpret | make install; each makes .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint sanitize fuzz interpret clean
+.PHONY: install demo test bench lint sanitize fuzz interpret clean
 
 install: $(VENV)/installed $(VENV)/library
 
@@ -24,6 +24,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# All of it, for docs/benchmarks.md, on a machine that does nothing else; OUT=bench/results PAGE=docs to commit it.
+OUT := runs/bench
+PAGE := $(OUT)
+bench: install
+	$(BIN)/python -m pqk_fast bench --all --out $(OUT) --page $(PAGE)
 
 lint: install
 	$(BIN)/ruff check .

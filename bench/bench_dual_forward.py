@@ -286,8 +286,7 @@ def targets(case: Case) -> dict[str, float]:
     return {"best": 0.95}
 
 
-def main() -> int:
-    report = Report(__doc__, "dual_forward", {"bits": BITS})
+def declare(report: Report) -> None:
     on_cpu = report.cases_of == "cpu"
     cases = cpu_cases() if on_cpu else gpu_cases()
     network = Network("res8", 8 if on_cpu else 64)
@@ -309,6 +308,11 @@ def main() -> int:
         make, aims = partial(small.workload, report.device), targets(case)
         about = (case.name, small.weights, small.moved, make)
         report.case(*about, flop=small.flop, arithmetic=case.arithmetic, targets=aims)
+
+
+def main() -> int:
+    report = Report(__doc__, "dual_forward", {"bits": BITS})
+    declare(report)
     return report.finish()
 
 

@@ -226,8 +226,7 @@ def whole_model(sizes: list[int], device: str) -> Workload:
     return Workload(candidates, lists, check, unchecked=("torch's own (clipped)",))
 
 
-def main() -> int:
-    report = Report(__doc__, "fake_quant", {"bits": BITS})
+def declare(report: Report) -> None:
     on_cpu = report.cases_of == "cpu"
 
     def layers(cases: list[Case]) -> None:
@@ -246,6 +245,11 @@ def main() -> int:
         report.case(f"{model.replace('_', '-')}, all layers", sum(sizes), 18 * sum(sizes), make)
     if not on_cpu:  # last, since a run may be cut short
         layers(more_gpu_cases())
+
+
+def main() -> int:
+    report = Report(__doc__, "fake_quant", {"bits": BITS})
+    declare(report)
     return report.finish()
 
 

@@ -118,12 +118,16 @@ OPERATIONS = {"pack_int4": (pack_int4, 1.5), "unpack_int4": (unpack_int4, 1.5), 
 ON_GPU = {**OPERATIONS, "unpack_bits": (unpack_bits, 1.125)}
 
 
-def main() -> int:
-    report = Report(__doc__, "int4")
+def declare(report: Report) -> None:
     for operation, (make, bytes_each) in (OPERATIONS if report.cases_of == "cpu" else ON_GPU).items():
         for name, full in SIZES[report.cases_of].items():
             numel = report.size(full) // 2 * 2
             report.case(f"{operation}, {name}", numel, bytes_each * numel, partial(make, numel, report.device))
+
+
+def main() -> int:
+    report = Report(__doc__, "int4")
+    declare(report)
     return report.finish()
 
 

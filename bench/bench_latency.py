@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,14 @@ def workload(model: nn.Module, x: Tensor, threads: int) -> Workload:
     return Workload(candidates, lambda seed: (x,), check, unchecked=("onnxruntime int8",))
 
 
-def main() -> int:
-    report = Report(__doc__, "latency", threads=1)
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def declare(report: Report) -> None:
     for name, (_, shape, sparsities) in CASES.items():
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         for sparsity in sparsities:
@@ -219,6 +226,11 @@ def main() -> int:
             make = partial(workload, model, x, report.options.threads)
             flop = operations(pqk.convert(model).eval(), x)
             report.case(f"{name}, {100 * sparsity:.0f} % sparse", weights, 0.0, make, flop=flop)
+
+
+def main() -> int:
+    report = Report(__doc__, "latency", {"onnxruntime": version_of("onnxruntime")}, threads=1)
+    declare(report)
     return report.finish()
 
 

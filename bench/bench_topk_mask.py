@@ -112,14 +112,18 @@ def workload(sizes: list[int], device: str, eager: str) -> Workload:
     return Workload(candidates, partial(inputs, sizes, device), check, unchecked=thresholds)
 
 
-def main() -> int:
-    report = Report(__doc__, "topk_mask", {"sparsity": SPARSITY})
+def declare(report: Report) -> None:
     cases = {name: [report.size(size, 2)] for name, size in SIZES[report.cases_of].items()}
     for model, classes in MODELS[report.cases_of].items():
         cases[f"{model}, all layers"] = [p.numel() for p in create_model(model, classes).parameters() if p.dim() > 1]
     for name, sizes in cases.items():
         make = partial(workload, sizes, report.device, report.cases_of)
         report.case(name, sum(sizes), 5 * sum(sizes), make, targets=TARGETS.get(name))
+
+
+def main() -> int:
+    report = Report(__doc__, "topk_mask", {"sparsity": SPARSITY})
+    declare(report)
     return report.finish()
 
 

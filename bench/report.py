@@ -12,7 +12,9 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +81,12 @@ class Report:
         torch.set_num_threads(self.options.threads)
         self.timer = self._timer()
         options = {"threads": self.options.threads, "recycled_memory": recycle_large_tensors()}
-        self.record: dict[str, Any] = {"benchmark": benchmark, **environment()}
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        self.record: dict[str, Any] = {"benchmark": benchmark, "created": created, **environment()}
         if about := self.timer.about_device():
             self.record["gpu"] = about
         self.record["settings"] = options | ({"shrink": self.options.shrink} if self.options.shrink > 1 else {})
+        self.record["settings"] |= {"without": self.options.without} if self.options.without else {}
         self.record["settings"] |= settings or {}
         self.cases: dict[str, dict[str, Any]] = {}
         self.record["cases"] = self.cases
@@ -123,28 +127,39 @@ class Report:
         ``arithmetic`` is one of ``roofs.ARITHMETICS``; None leaves torch's settings alone. ``targets``: what to reach
         on a GPU, a share of the roof ("of_roof") or how many times as fast as a candidate, or as the "best" of them.
         """
+
+        def measure(row: dict[str, Any]) -> None:
+            torch.compiler.reset()
+            self.timer.free()
+            if arithmetic is None:
+                self._measure(name, row, make(), flop, "fp32")
+            else:
+                with arithmetic_of(arithmetic, self.device):
+                    self._measure(name, row, make(), flop, arithmetic)
+            if targets and self.device == "cuda" and self.options.shrink == 1:
+                row["targets"] = reached(row, targets)
+
+        self._enter(name, {"numel": numel, "bytes": int(moved)}, measure)
+
+    def elsewhere(self, name: str, numel: int, measure: Callable[[], Mapping[str, Any]]) -> None:
+        """A case that other processes measure: ``measure`` gives its row, a dictionary for each candidate."""
+        self._enter(name, {"numel": numel}, lambda row: row.update(measure()))
+
+    def _enter(self, name: str, row: dict[str, Any], measure: Callable[[dict[str, Any]], None]) -> None:
+        """Fill a row, unless it was not asked for or time is up, and write the record."""
         if self.options.only not in name:
             return
-        row: dict[str, Any] = {"numel": numel, "bytes": int(moved)}
         if time.perf_counter() - self._begin > self.options.budget:
             row["skipped"] = f"begun after the budget of {self.options.budget:g} s"
         else:
-            torch.compiler.reset()
-            self.timer.free()
             try:
-                if arithmetic is None:
-                    self._measure(name, row, make(), flop, "fp32")
-                else:
-                    with arithmetic_of(arithmetic, self.device):
-                        self._measure(name, row, make(), flop, arithmetic)
+                measure(row)
             except RUN_ERRORS as error:
                 row["error"] = self._fault(name, error)
             except KeyboardInterrupt:  # or INT by a time limit: no more cases, but the table of those there are
                 row["skipped"] = "interrupted"
                 self.options.budget = 0.0
                 self.failed.append(f"{name}, interrupted")
-            if targets and self.device == "cuda" and self.options.shrink == 1:
-                row["targets"] = reached(row, targets)
         self.cases[name] = row
         self._say(name, row)
         self._write()
@@ -177,6 +192,8 @@ class Report:
             cell = timing.as_json() | run.about
             if floors:
                 cell["of_roof"] = round(1e3 * max(floors.values()) / timing.median, 3)
+            if candidate in work.unchecked:
+                cell["unchecked"] = True
             if work.reference in times:
                 cell["ratio"] = round(timing.median / times[work.reference].median, 2)
             row[candidate] = cell
@@ -198,7 +215,10 @@ class Report:
                     if problem:
                         raise MismatchError(problem)
                 del result
-                runs[candidate] = self.timer.prepare(calls, candidate not in work.uncaptured)
+                run = self.timer.prepare(calls, candidate not in work.uncaptured)
+                if part := work.parts.get(candidate):
+                    run = replace(run, uses=run.uses * part, about=run.about | {"part": round(part, 6)})
+                runs[candidate] = run
             except RUN_ERRORS as error:
                 is_fault = candidate == work.reference or isinstance(error, MismatchError)
                 problem = self._fault(f"{name}, {candidate}", error) if is_fault else described(error)
@@ -222,7 +242,8 @@ class Report:
         cells = {key: cell for key, cell in row.items() if isinstance(cell, dict)}
         parts = [row[key] for key in ("skipped", "error") if key in row]
         for key, cell in cells.items():
-            parts.append(f"{key} {cell.get('median_ms', cell.get('error'))}")
+            said = [str(cell[kind]) for kind in ("median_ms", "peak_mib", "file_bytes", "error") if kind in cell]
+            parts.append(f"{key} {''.join(said)}")
             if "not_captured_because" in cell:
                 parts[-1] += f" (not captured: {cell['not_captured_because']})"
         print(f"{name}: {'; '.join(parts)}", flush=True)
@@ -262,6 +283,8 @@ def shown(cell: dict[str, Any]) -> list[str]:
     """A candidate's figures as they stand in the table."""
     if "error" in cell:
         return [escape(cell["error"]), "", "", "", ""]
+    if "median_ms" not in cell:
+        return [", ".join(f"{key} {value}" for key, value in cell.items()), "", "", "", ""]
     low, high = cell["quartiles_ms"]
     ratio = f"{cell['ratio']}x" if "ratio" in cell else ""
     share = f"{100 * cell['of_roof']:.0f} %" if "of_roof" in cell else ""

@@ -48,7 +48,8 @@ class Workload:
     A candidate takes one set of inputs and gives the call that is timed. ``inputs(seed)`` makes a set; a GPU gets
     several, and uses them in turn, unless ``rotate`` is False. ``check(result, truth, inputs)`` says what is wrong with
     a result (None: nothing), compared with that of ``reference``, which comes first; ``unchecked`` compute something
-    else and say so in their names. ``uncaptured`` are to be called from Python on a GPU, too.
+    else and say so in their names. ``uncaptured`` are to be called from Python on a GPU, too. ``parts``: candidates
+    whose call does only so much of the work (a part of 1), because memory is short; their times are divided by it.
     """
 
     candidates: Mapping[str, Bind]
@@ -58,6 +59,7 @@ class Workload:
     uncaptured: Collection[str] = ()
     reference: str = "pqk_fast"
     rotate: bool = True
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def called(function: Callable[..., Any]) -> Bind:
@@ -67,13 +69,14 @@ def called(function: Callable[..., Any]) -> Bind:
 
 @dataclass(frozen=True)
 class Run:
-    """A candidate, ready to be timed: ``call`` uses it ``uses`` times; ``about`` goes into the record.
+    """A candidate, ready to be timed: ``call`` uses it ``uses`` times, or a part of once (Workload.parts); ``about``
+    goes into the record.
 
     ``keeps`` is what must stay alive meanwhile: a captured graph knows addresses only.
     """
 
     call: Call
-    uses: int = 1
+    uses: float = 1
     about: dict[str, Any] = field(default_factory=dict)
     keeps: list[Call] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""The command line: ``pqk-fast demo | train | eval | reproduce | sensitivity | export | inspect |
+"""The command line: ``pqk-fast demo | train | eval | reproduce | bench | sensitivity | export | inspect | spot |
 recipes | doctor``."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import pqk_fast
-from pqk_fast.commands import about, deploy, reproduce, sensitivity, training
+from pqk_fast.commands import about, bench, deploy, reproduce, sensitivity, training
 from pqk_fast.commands.options import console
 from pqk_fast.experiments.runner import TaskError
 from pqk_fast.training.interrupts import Interrupted
@@ -26,16 +26,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pqk-fast {pqk_fast.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (training, reproduce, sensitivity, deploy, about):
+    for module in (training, reproduce, bench, sensitivity, deploy, about):
         module.add(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 1 with a message if the input was wrong, 128 + n after signal n."""
+    """Run one command; 0 if it worked (or what the command says), 1 with a message if the input was wrong, 128 + n
+    after signal n."""
     args = _parser().parse_args(arguments)
     try:
-        args.function(args)
+        return args.function(args) or 0
     except Interrupted as interrupt:
         again = "; train the same with --resume to go on"
         if os.environ.get("RANK", "0") == "0":
@@ -47,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, TrainingDivergedError, RanksDifferError, TaskError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         return 1
-    return 0
 
 
 if __name__ == "__main__":

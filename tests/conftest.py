@@ -6,12 +6,14 @@ What a machine lacks is skipped by name; PQK_FAST_REQUIRE_{DATA,GPU,INTERPRETER,
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +54,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs Triton's interpreter: {why}")
     if item.get_closest_marker("native") and native.library().path is None:
         pytest.skip(f"needs the C++ library: {native.library().problem}")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
+    """Imports a file of ``bench/`` as its scripts do."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    return importlib.import_module
 
 
 @pytest.fixture

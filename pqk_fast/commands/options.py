@@ -17,8 +17,8 @@ console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 Commands = Any  # what add_subparsers gives
 
 
-def command(commands: Commands, function: Callable[[argparse.Namespace], None], name: str, text: str) -> Any:
-    """A parser for ``pqk-fast name``, which calls ``function`` with its arguments."""
+def command(commands: Commands, function: Callable[[argparse.Namespace], int | None], name: str, text: str) -> Any:
+    """A parser for ``pqk-fast name``, which calls ``function`` with its arguments; an integer is the exit status."""
     sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     sub.set_defaults(function=function)
     return sub

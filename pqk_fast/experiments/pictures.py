@@ -19,7 +19,7 @@ Records = Mapping[int, Mapping[str, Any]]  # by seed
 LAYER_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#6E6E6E")
 
 
-def _figure(width: float, height: float) -> Figure:
+def make_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -29,14 +29,14 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # no version of matplotlib in the file: the same records give the same bytes
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def plain_axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=12)
     axes.set_xlabel(xlabel, fontsize=11)
     axes.set_ylabel(ylabel, fontsize=11)
@@ -58,7 +58,7 @@ def fig2(phase1: Records, phase2: Records, finetune: Records) -> bytes:
     if not seeds:
         raise ValueError("no seed has phase 1, phase 2 and finetuning: train table2 or fig2 first")
     start = [phase1[seed]["curves"]["phase1"][-1]["validation"] for seed in seeds]
-    figure = _figure(7.2, 4.8)
+    figure = make_figure(7.2, 4.8)
     axes = figure.subplots()
     curves = (
         (phase2, "phase2", "validation", VERMILION, "-", "phase 2, student P"),
@@ -103,9 +103,9 @@ def fig2(phase1: Records, phase2: Records, finetune: Records) -> bytes:
     axes.axhline(sum(start) / len(start), color=BLUE, linestyle=":", linewidth=1.8, label="phase 1, end")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     count = f"mean and range of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    _plain(axes, f"Phase 2 against finetuning, {count}", "epoch of phase 2", "validation accuracy (%)")
+    plain_axes(axes, f"Phase 2 against finetuning, {count}", "epoch of phase 2", "validation accuracy (%)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, fontsize=10, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def layers_over_time(record: Mapping[str, Any]) -> bytes:
@@ -113,7 +113,7 @@ def layers_over_time(record: Mapping[str, Any]) -> bytes:
     rows, layers = record["curves"].get("phase1", ()), record.get("layers")
     if not rows or not layers:
         raise ValueError("the record has no phase 1 with prepared layers")
-    figure = _figure(7.2, 8)
+    figure = make_figure(7.2, 8)
     upper, lower = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]
     for i, layer in enumerate(layers):
@@ -130,17 +130,17 @@ def layers_over_time(record: Mapping[str, Any]) -> bytes:
     lower.set_yscale("log")
     for axes in (upper, lower):
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    _plain(upper, "Weights kept", "", "kept (%), logarithmic")
-    _plain(lower, "Step size S", "step of phase 1", "S, logarithmic")
+    plain_axes(upper, "Weights kept", "", "kept (%), logarithmic")
+    plain_axes(lower, "Step size S", "step of phase 1", "S, logarithmic")
     columns = min(len(layers) + 1, 5)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> bytes:
     """Counts by label (row) and answer (column); shades are parts of the row."""
     size = 2.2 + 0.5 * len(classes)
-    figure = _figure(size, size * 0.92)
+    figure = make_figure(size, size * 0.92)
     axes = figure.subplots()
     parts = [[count / max(sum(row), 1) for count in row] for row in matrix]
     axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
@@ -154,7 +154,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], ti
     axes.set_xlabel("answer", fontsize=11)
     axes.set_ylabel("label", fontsize=11)
     axes.set_title(title, fontsize=12)
-    return _png(figure)
+    return png(figure)
 
 
 def side_by_side(
@@ -166,7 +166,7 @@ def side_by_side(
     ranked = sorted(((name, s) for name, s in methods if len(s)), key=lambda pair: pair[1].mean)
     if not ranked:
         raise ValueError("no method has been trained yet")
-    figure = _figure(8.6, 1.4 + 0.42 * len(ranked))
+    figure = make_figure(8.6, 1.4 + 0.42 * len(ranked))
     axes = figure.subplots()
     for y, (name, sample) in enumerate(ranked):
         colour = VERMILION if name == highlight else BLUE
@@ -177,5 +177,5 @@ def side_by_side(
         axes.text(sample.mean, y + 0.44, f"{sample.mean:.1f}", fontsize=8, color=GREY, ha="center", va="center")
     axes.set_yticks(range(len(ranked)), [name for name, _ in ranked], fontsize=10)
     axes.set_ylim(-0.6, len(ranked) - 0.2)
-    _plain(axes, title, "accuracy (%): seeds, and their mean", "")
-    return _png(figure)
+    plain_axes(axes, title, "accuracy (%): seeds, and their mean", "")
+    return png(figure)
