@@ -142,14 +142,14 @@ def beaten(benchmark: str, record: Record) -> list[Beaten]:
 
 
 def tally(records: Mapping[str, Record]) -> dict[str, int]:
-    """Comparisons of the best of ours with each other candidate that computes the same, by how they end."""
+    """Comparisons of times, the best of ours with each other candidate that computes the same, by how they end."""
     count = {"ours": 0, "neither": 0, "others": 0}
     for record in records.values():
         for row in cases(record).values():
             for group in groups(row):
                 ours = group.ours[best(group.ours)]
                 for name, value in group.others.items():
-                    if not row[name].get("unchecked"):
+                    if value.unit in ("ms", "minutes") and not row[name].get("unchecked"):
                         winner = "others" if ours.above(value) else "ours" if value.above(ours) else "neither"
                         count[winner] += 1
     return count

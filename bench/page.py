@@ -53,9 +53,9 @@ def _about(record: Mapping[str, Any], page: Page) -> None:
     counts = tally(records)
     if total := sum(counts.values()):
         page.text(
-            f"Of {total} comparisons of ours with a candidate that computes the same (times, memory, bytes), ours "
-            f"needs less in **{counts['ours']}**, the other in **{counts['others']}** (listed below), and in "
-            f"{counts['neither']} the quartiles meet."
+            f"Of {total} comparisons of times, the best of ours with a candidate that computes the same, ours is less in "
+            f"**{counts['ours']}**, the other in **{counts['others']}** (listed below), and in {counts['neither']} the "
+            "quartiles meet."
         )
     hardware, versions = record["hardware"], record["versions"]
     gpu = f"{hardware['gpu']}, " if hardware.get("gpu") else ""
@@ -76,7 +76,7 @@ def _dates(records: Mapping[str, Record]) -> str:
     """The benchmarks by the day on which they were measured."""
     days: dict[str, list[str]] = {}
     for name, record in records.items():
-        days.setdefault(record.get("created", "on a day not recorded")[:10], []).append(name)
+        days.setdefault(record["created"][:10] if "created" in record else "day not recorded", []).append(name)
     return "; ".join(f"{day}: {', '.join(names)}" for day, names in days.items())
 
 
@@ -140,19 +140,19 @@ def sized(case: str) -> bool:
 def _kernels(records: Mapping[str, Record], page: Page) -> None:
     about = {
         "fake_quant": (
-            "fake-quantization, ms, forward and backward",
+            "Fake-quantization, ms, forward and backward",
             "Masked fake-quantization with a learned step size, 4 bits, 90 % pruned. Eager and compiled are the same "
             "equations in PyTorch.",
         ),
         "topk_mask": (
-            "top-k masks, ms",
+            "Top-k masks, ms",
             "Masks of the 10 % largest magnitudes of all weights, exactly. torch.topk, kthvalue and partition alone "
             "find the places or the threshold and make no mask; eager is kthvalue and a comparison (topk and scatter "
             "on a GPU).",
         ),
-        "int4": ("packing, ms", "Integers to nibbles and back, and mask bits."),
+        "int4": ("Packing, ms", "Integers to nibbles and back, and mask bits."),
         "dual_forward": (
-            "student and teacher in one operation, ms",
+            "Student and teacher in one operation, ms",
             "Phase 2's layers, both branches, against two products of weights made in plain PyTorch (eager, compiled) "
             "and made by our operations.",
         ),
@@ -164,7 +164,7 @@ def _kernels(records: Mapping[str, Record], page: Page) -> None:
         if name not in records:
             continue
         rows = cases(records[name])
-        page.text(f"**{title[0].upper()}{title[1:]}** ({_settings(records[name])}). {text}")
+        page.text(f"**{title}** ({_settings(records[name])}). {text}")
         page.table(tables.cases_table("", rows, roof=True))
         kind = {"fake_quant": "identity", "int4": "pack_int4"}.get(name, "")
         plotted = {case: row for case, row in rows.items() if kind in ["", *case.split(", ")] and sized(case)}

@@ -13,13 +13,14 @@ from pqk_fast.report import BLACK, GREY, VERMILION
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ORANGE, YELLOW = "#E69F00", "#F0E442"  # too near to ours; too pale for a line
 MARKS = "sD^vP*Xhp<>"
 Series = Mapping[str, Sequence[tuple[float, Figure]]]  # candidate: (size, figure), in order
 
 
 def styles(names: Sequence[str], ours: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and mark of each: ours vermilion circles, the others one each, in the order given."""
-    rest = [colour for colour in LAYER_COLOURS if colour not in (VERMILION, "#F0E442")]
+    rest = [colour for colour in LAYER_COLOURS if colour not in (VERMILION, ORANGE, YELLOW)]
     others = [name for name in names if name not in ours]
     found = {name: (rest[i % len(rest)], MARKS[i % len(MARKS)]) for i, name in enumerate(others)}
     return found | {name: (VERMILION, "o" if i == 0 else "d") for i, name in enumerate(ours)}
@@ -47,7 +48,9 @@ def against_size(series: Series, ours: Sequence[str], title: str, xlabel: str, y
     axes.set_yscale("log")
     plain_axes(axes, title, xlabel, ylabel)
     axes.grid(which="minor", axis="y", color="#EEEEEE", linewidth=0.5)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    first = sorted(zip(handles, labels, strict=True), key=lambda pair: pair[1] not in ours)
+    figure.legend(*zip(*first, strict=True), loc="outside lower center", ncols=3, fontsize=10, frameon=False)
     return png(figure)
 
 

@@ -38,7 +38,7 @@ ROOT = BENCH.parent
 PEERS = BENCH / "results" / "peers.json"
 FORMAT, VERSION = "pqk_fast bench", 1
 
-SHORT = ("--seconds", "0.02", "--without", "torch.compile")
+SHORT = ("--seconds", "0.02", "--threads", "1", "--without", "torch.compile")
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ BENCHMARKS = {
     "fake_quant": Benchmark("bench_fake_quant.py", quick=(*SHORT, "--shrink", "256")),
     "topk_mask": Benchmark("bench_topk_mask.py", quick=(*SHORT, "--shrink", "256")),
     "int4": Benchmark("bench_int4.py", quick=(*SHORT, "--shrink", "256")),
-    "dual_forward": Benchmark("bench_dual_forward.py", quick=(*SHORT, "--shrink", "8")),
+    "dual_forward": Benchmark("bench_dual_forward.py", quick=(*SHORT, "--shrink", "32")),
     "step": Benchmark(
         "bench_step.py", ("--model", "res8_narrow", "--model", "res8"), ("--shrink", "32", "--rounds", "3")
     ),
     "overhead": Benchmark(
-        "bench_overhead.py", quick=(*SHORT[2:], "--shrink", "32", "--rounds", "3", "--model", "res8_narrow")
+        "bench_overhead.py", quick=(*SHORT[4:], "--shrink", "32", "--rounds", "3", "--model", "res8_narrow")
     ),
     "scaling": Benchmark("bench_scaling.py", quick=(*SHORT, "--shrink", "1024")),
     "latency": Benchmark("bench_latency.py", quick=(*SHORT, "--only", "res8_narrow"), on_cpu=True),
@@ -200,7 +200,8 @@ def one_benchmark(benchmark: Benchmark, quick: bool) -> tuple[dict[str, Any], di
 def compare_files(a: Path, b: Path, console: Console) -> int:
     """Show what changed from A to B; 1 if ours regressed."""
     found = compare.compare(figures.read(a), figures.read(b))
-    console.print(compare.table_of(found).rich())
+    wide = Console(width=max(console.width, 170), highlight=False)  # numbers are not to be cut off
+    wide.print(compare.table_of(found).rich())
     bad = [change for change in found if change.regressed]
     least = f"{100 * compare.LEAST:.0f} %"
     console.print(f"{len(found)} compared, {len(bad)} regressed (by more than {least} and both quartile distances)")
