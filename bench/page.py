@@ -53,9 +53,9 @@ def _about(record: Mapping[str, Any], page: Page) -> None:
     counts = tally(records)
     if total := sum(counts.values()):
         page.text(
-            f"Of {total} comparisons of times, the best of ours with a candidate that computes the same, ours is less in "
-            f"**{counts['ours']}**, the other in **{counts['others']}** (listed below), and in {counts['neither']} the "
-            "quartiles meet."
+            f"Of {total} comparisons of times, the best of ours with a candidate that computes the same, ours is less "
+            f"in **{counts['ours']}**, the other in **{counts['others']}** (listed below), and in {counts['neither']} "
+            "the quartiles meet."
         )
     hardware, versions = record["hardware"], record["versions"]
     gpu = f"{hardware['gpu']}, " if hardware.get("gpu") else ""
