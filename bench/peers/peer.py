@@ -115,7 +115,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (F.conv2d, F.linear):
-            self.weights.append(args[1].detach())
+            weight = args[1]
+            self.weights.append(getattr(weight, "value", weight).detach())  # Brevitas has a class of its own
         return function(*args, **(kwargs or {}))
 
 
