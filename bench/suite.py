@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import compare
+import changes
 import figures
 import page
 from rich.console import Console
@@ -199,11 +199,11 @@ def one_benchmark(benchmark: Benchmark, quick: bool) -> tuple[dict[str, Any], di
 
 def compare_files(a: Path, b: Path, console: Console) -> int:
     """Show what changed from A to B; 1 if ours regressed."""
-    found = compare.compare(figures.read(a), figures.read(b))
+    found = changes.compare(figures.read(a), figures.read(b))
     wide = Console(width=max(console.width, 170), highlight=False)  # numbers are not to be cut off
-    wide.print(compare.table_of(found).rich())
+    wide.print(changes.table_of(found).rich())
     bad = [change for change in found if change.regressed]
-    least = f"{100 * compare.LEAST:.0f} %"
+    least = f"{100 * changes.LEAST:.0f} %"
     console.print(f"{len(found)} compared, {len(bad)} regressed (by more than {least} and both quartile distances)")
     return 1 if bad else 0
 

@@ -49,7 +49,7 @@ def silent() -> Console:
 
 
 def verdicts(bench: Callable, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    found = bench("compare").compare(of({"case": before}), of({"case": after}))
+    found = bench("changes").compare(of({"case": before}), of({"case": after}))
     return [change.verdict for change in found]
 
 
@@ -74,7 +74,7 @@ def test_what_a_regression_is(bench: Callable, before: dict, after: dict, verdic
 def test_only_ours_are_compared(bench: Callable) -> None:
     before = {"pqk_fast": cell(1), "pqk_fast, two_pass": cell(1), "eager": cell(1), "numel": 3, "left out": cell(1)}
     after = {"pqk_fast": cell(1), "pqk_fast, two_pass": cell(9), "eager": cell(3)}
-    found = bench("compare").compare(of({"case": before}), of({"case": after}))
+    found = bench("changes").compare(of({"case": before}), of({"case": after}))
     assert [(change.candidate, change.regressed) for change in found] == [
         ("pqk_fast", False),
         ("pqk_fast, two_pass", True),
@@ -86,7 +86,7 @@ def test_only_ours_are_compared(bench: Callable) -> None:
 
 
 def test_records_that_do_not_compare_are_refused(bench: Callable) -> None:
-    compare, row = bench("compare").compare, {"case": {"pqk_fast": cell(1)}}
+    compare, row = bench("changes").compare, {"case": {"pqk_fast": cell(1)}}
     with pytest.raises(ValueError, match="shrink is None in A and 8 in B"):
         compare(of(row), of(row, shrink=8))
     with pytest.raises(ValueError, match="threads is 1 in A and 2 in B"):
