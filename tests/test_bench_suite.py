@@ -424,8 +424,8 @@ def test_cases_of_all_sizes(bench: Callable) -> None:
 
 
 def test_the_peak_of_a_step_is_its_tensors(bench: Callable) -> None:
-    """Eight layers of 768 x 768: 18 MiB each of weights, gradients and momentum; besides, at most one more such copy (of
-    the optimizer) and what the allocator rounds up."""
+    """Eight layers of 768 x 768: 18 MiB each of weights, gradients and momentum; besides, at most one more such copy
+    (of the optimizer) and what the allocator rounds up."""
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     found = bench("memory").measured("768", 2, "plain", "cpu", 1)
