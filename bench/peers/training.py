@@ -41,7 +41,7 @@ def shortened(phase: PhaseConfig, share: float) -> PhaseConfig:
     steps = max(1, round(phase.steps * share))
     drops = tuple(round(drop * share) for drop in phase.lr_drops)
     more = {"distill_start": round(phase.distill_start * share)} if hasattr(phase, "distill_start") else {}
-    return replace(phase, steps=steps, epoch_steps=max(1, round(phase.epoch_steps * share)), lr_drops=drops, **more)
+    return replace(phase, steps=steps, epoch_steps=max(10, round(phase.epoch_steps * share)), lr_drops=drops, **more)
 
 
 def recipe_of(steps: int, seed: int) -> Recipe:

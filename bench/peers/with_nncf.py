@@ -14,6 +14,7 @@ import torch
 from nncf.common.quantization.structs import QuantizationScheme
 from nncf.parameters import PruneMode
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+from nncf.torch.function_hook.hook_storage import decode_hook_name
 from nncf.torch.function_hook.pruning.magnitude.algo import update_pruning_ratio
 from nncf.torch.function_hook.wrapper import get_hook_storage
 from nncf.torch.quantization.layers import PTQuantizerSpec, SymmetricQuantizer
@@ -21,6 +22,12 @@ from peer import BITS, Peer, Quantizer
 from torch import Tensor, nn
 
 MODE = PruneMode.UNSTRUCTURED_MAGNITUDE_GLOBAL
+
+
+def is_of_weight(hook_name: str) -> bool:
+    """Whether a hook stands before the second input of an operation, which is the weight."""
+    place, _, port = decode_hook_name(hook_name)
+    return place == "pre_hooks" and port == 1
 
 
 class Nncf(Peer):
@@ -58,11 +65,9 @@ class Nncf(Peer):
             ),
         )
         hooks = get_hook_storage(quantized)
-        activations = [
-            name for name, hook in hooks.named_hooks() if isinstance(hook, SymmetricQuantizer) and hook.num_bits != BITS
-        ]
-        for name in activations:
-            hooks.delete_hook(name)
+        for name, hook in list(hooks.named_hooks()):
+            if isinstance(hook, SymmetricQuantizer) and not is_of_weight(name):
+                hooks.delete_hook(name)
         return quantized.train(training)
 
     def learned(self, model: nn.Module) -> list[nn.Parameter]:

@@ -86,9 +86,18 @@ class Step:
         self.optimizer.step()
 
 
+class OneLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1024, 1024, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 def masks(peer: Peer, name: str) -> tuple[Callable[[], Any], dict[str, Any]]:
     if name == "1 M":
-        model: nn.Module = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+        model: nn.Module = OneLayer()
         x = torch.randn(2, 1024)
     else:
         model, (x, _) = network(), noise(2)
