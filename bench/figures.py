@@ -17,7 +17,14 @@ Row = Mapping[str, Any]
 Record = Mapping[str, Any]
 
 # where a candidate's figure stands, and its unit
-KINDS = {"median_ms": "ms", "peak_mib": "MiB", "file_bytes": "bytes", "median_minutes": "minutes"}
+KINDS = {
+    "median_ms": "ms",
+    "median_minutes": "minutes",
+    "peak_mib": "MiB",
+    "peak_bytes": "bytes",
+    "file_bytes": "bytes",
+    "bytes": "bytes",
+}
 OURS = {"features", "phase 1", "phase 2", "masks", "new masks"}  # in cases without a "pqk_fast"
 WAYS = {"ours", "naive", "torchaudio", "compiled", "two_pass", "stacked"}  # of doing the same
 
@@ -78,8 +85,8 @@ def figure(cell: Any) -> Figure | None:
 
 
 def cases(record: Record) -> Mapping[str, Row]:
-    """The rows of a record; those of a whole cell are made from its summaries."""
-    if record.get("benchmark") != "cell":
+    """The rows of a record; those of a whole cell are made from its summaries. None of what left no record."""
+    if record.get("benchmark") != "cell" or "error" in record:
         found: Mapping[str, Row] = record.get("cases", {})
         return found
 
@@ -160,6 +167,12 @@ def errors(records: Mapping[str, Record]) -> Iterator[tuple[str, str, str, str]]
     for benchmark, record in records.items():
         if "error" in record:
             yield benchmark, "", "", str(record["error"])
+        for name, about in record.get("candidates", {}).items():  # that could not even start
+            if "error" in about:
+                yield benchmark, "", name, str(about["error"])
+        for key, run in record.get("runs", {}).items():
+            if "error" in run:
+                yield benchmark, key, "", str(run["error"])
         for case, row in cases(record).items():
             for key in ("error", "skipped"):
                 if isinstance(row.get(key), str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import page_peers
 import page_tables as tables
 import plots
 from figures import Figure, Record, Row, candidates, cases, figure, is_ours, tally
@@ -28,7 +29,8 @@ DOC = (
 
 def make_page(record: Mapping[str, Any]) -> Page:
     """All sections; what was not measured is left out."""
-    records: dict[str, Record] = record["records"]
+    everything: dict[str, Record] = record["records"]
+    records = {name: one for name, one in everything.items() if "error" not in one}
     page = Page("Benchmarks")
     _about(record, page)
     _kernels(records, page)
@@ -39,8 +41,10 @@ def make_page(record: Mapping[str, Any]) -> Page:
     if "cell" in records or "profile" in records:
         _end_to_end(records, page)
     if "peers" in records:
-        _peers(records["peers"], page)
-    _others(records, page)
+        page_peers.peers(records["peers"], page)
+    if "peers-accuracy" in records:
+        page_peers.accuracy(records["peers-accuracy"], page)
+    _others(everything, page)
     page.heading("What is measured, and how")
     page.items(DOC)
     return page
@@ -332,17 +336,6 @@ def _end_to_end(records: Mapping[str, Record], page: Page) -> None:
             found = [stage["groups"].get(group) for stage in record["stages"].values()]
             table.rows.append([group, *(f"{one['ms']} ({100 * one['share']:.0f} %)" if one else "" for one in found)])
         page.table(table)
-
-
-def _peers(record: Record, page: Page) -> None:
-    page.heading("Other libraries")
-    about = tables.bullets(record.get("versions", {}), list(record.get("versions", {})))
-    page.text(
-        "Each in an environment of its own, made by the scripts of `bench/peers/`"
-        + (f" ({_settings(record)}; {about})" if about else "")
-        + ". What could not run is listed with its error below."
-    )
-    page.table(tables.cases_table("", cases(record)))
 
 
 def _others(records: Mapping[str, Record], page: Page) -> None:

@@ -6,8 +6,8 @@ Each benchmark is a script in a process of its own. After each one ``bench.json`
      "load_before": float, "versions": {...}, "hardware": {...}, "gate": {"summary", "seconds"},
      "stages": {NAME: {"status", "seconds"}}, "records": {NAME: the script's record}}
 
-and, at the end, ``benchmarks.md``, ``benchmarks.html`` and their pictures. A record of other libraries, which scripts
-of their own measure (``bench/results/peers.json``), is taken in as it stands.
+and, at the end, ``benchmarks.md``, ``benchmarks.html`` and their pictures. Records of other libraries, which scripts of
+their own measure (``bench/results/peers.json``, ``peers-accuracy.json``), are taken in as they stand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from pqk_fast.record import environment
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
-PEERS = BENCH / "results" / "peers.json"
+RESULTS = BENCH / "results"
+PEERS = ("peers", "peers-accuracy")  # measured by bench/peers/
 FORMAT, VERSION = "pqk_fast bench", 1
 
 SHORT = ("--seconds", "0.02", "--threads", "1", "--without", "torch.compile")
@@ -58,7 +59,7 @@ class Benchmark:
         return [sys.executable, str(BENCH / self.script), *device, *options, "--out", str(out)]
 
 
-CELL = ("--steps", "2", "--rounds", "2")
+CELL = ("--steps", "34", "--rounds", "2")  # a mask is made every 32 steps
 BENCHMARKS = {
     "fake_quant": Benchmark("bench_fake_quant.py", quick=(*SHORT, "--shrink", "256")),
     "topk_mask": Benchmark("bench_topk_mask.py", quick=(*SHORT, "--shrink", "256")),
@@ -178,8 +179,9 @@ def measure(
         record["stages"][name], made = one_benchmark(BENCHMARKS[name], quick)
         record["records"][name] = made
         write(path, record)
-    if PEERS.exists():
-        record["records"]["peers"] = figures.read(PEERS)["records"]["peers"]
+    for name in PEERS:
+        if (made_there := RESULTS / f"{name}.json").exists():
+            record["records"][name] = json.loads(made_there.read_text(encoding="utf-8"))
     write(path, record)
     return record
 

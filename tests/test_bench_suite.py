@@ -228,7 +228,7 @@ def made(bench: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> An
 
     benchmarks = {"good": one("good"), "bad": one("bad", on_cpu=True), "long": one("long", asked_for=True)}
     monkeypatch.setattr(suite, "BENCHMARKS", benchmarks)
-    monkeypatch.setattr(suite, "PEERS", tmp_path / "peers.json")
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
     return suite
 
 
@@ -318,6 +318,18 @@ def page_record() -> dict[str, Any]:
     }
     for name, record in records.items():
         record |= {"benchmark": name, "created": "2001-02-03T00:00:00+00:00", "settings": {"threads": 2}}
+    records["cell"] = {"benchmark": "cell", "error": "ended with status 3 and left no record"}
+    records["peers"]["cases"]["file"] = {"pqk_fast": {"bytes": 5}, "someone": {"bytes": 50}}
+    records["peers"]["candidates"] = {
+        "pqk_fast": {"does": {"masks": "exact"}, "versions": {"torch": "2.11.0"}},
+        "someone": {"does": {"masks": "a few"}, "versions": {"torch": "2.9", "someone": "1.2"}},
+        "nobody": {"error": "not installed"},
+    }
+    records["peers"]["versions"] = {"torch": "2.11.0"}
+    run = {"last": {"testing": 80.0}, "best_dev": {"testing": 81.0}, "file_bytes": 1234}
+    runs = {"someone, after, seed 0": run, "someone, after, seed 1": run | {"last": {"testing": 70.0}}}
+    runs["other, with, seed 0"] = {"error": "out of time"}
+    records["peers-accuracy"] = {"benchmark": "peers-accuracy", "settings": {"steps": 9}, "runs": runs}
     about = {
         "versions": {"torch": "2.11.0"},
         "hardware": {"cpu": "some CPU", "cores": 2, "memory_gib": 8.0, "gpu": None},
@@ -339,7 +351,8 @@ def test_the_page_has_what_the_record_has(bench: Callable, tmp_path: Path) -> No
     text = markdown.read_text(encoding="utf-8")
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
-        "Kernels", "Training steps", "Scaling", "Memory", "Files", "Other libraries", "Where others are faster",
+        "Kernels", "Training steps", "Scaling", "Memory", "Files", "Other libraries", "Accuracy at equal budget",
+        "Where others are faster",
         "What could not be measured", "What is measured, and how",
     ]  # fmt: skip
     for words in (
@@ -358,6 +371,12 @@ def test_the_page_has_what_the_record_has(bench: Callable, tmp_path: Path) -> No
     missing = text.split("## What could not be measured")[1].split("##")[0]
     assert "| peers: step | someone | ImportError: no module |" in missing
     assert "too little memory" in missing
+    assert "| cell | all | ended with status 3 and left no record |" in missing
+    assert "| peers | nobody | not installed |" in missing
+    assert "| peers-accuracy: other, with, seed 0 | all | out of time |" in missing
+    assert "| someone | a few | 2.9 | someone 1.2 |" in text
+    assert "| file | **5** | 50 |" in text
+    assert "| someone | after | 80.0, 70.0 | 75.0 | 81.0 | 1,234 |" in text
     assert "A trial" not in text
     for png in (tmp_path / "benchmarks").iterdir():
         assert png.read_bytes().startswith(b"\x89PNG")
