@@ -198,7 +198,7 @@ def workload(model: nn.Module, x: Tensor, threads: int) -> Workload:
     candidates: dict[str, Bind] = {
         "pqk_fast": in_pytorch(whole),
         "pqk_fast, layer by layer": in_pytorch(layers),
-        "C source": in_c(model, whole.output_shape[0]),
+        "pqk_fast, C source": in_c(model, whole.output_shape[0]),
         "eager": in_pytorch(plain),
         "torch.compile": in_pytorch(torch.compile(plain)),
         "onnxruntime fp32": in_onnxruntime(partial(write_fp32, plain, x), threads),

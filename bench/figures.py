@@ -73,6 +73,13 @@ class Beaten:
         return self.our_figure.median / self.figure.median
 
 
+def number(value: float) -> str:
+    """Three digits, more only before the point."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def figure(cell: Any) -> Figure | None:
     """What a candidate's entry states; None for an error, or what is no candidate."""
     if not isinstance(cell, dict):

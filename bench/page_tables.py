@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from figures import WAYS, Beaten, Figure, Record, Row, beaten, best, candidates, errors, figure, is_ours, split
+from figures import WAYS, Beaten, Figure, Record, Row, beaten, best, candidates, errors, figure, groups, is_ours, number
 
 from pqk_fast.pages import Table
 
@@ -22,12 +22,6 @@ NOTES = {
 }
 # the columns of steps, in order
 COLUMNS = ("", "torchaudio", "ours", "naive", "compiled", "ours, compiled", "naive, compiled")
-
-
-def number(value: float) -> str:
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def said(value: Figure) -> str:
@@ -49,7 +43,7 @@ def ordered(rows: Mapping[str, Row]) -> list[str]:
 
 
 def cases_table(title: str, rows: Mapping[str, Row], first: str = "case", roof: bool = False) -> Table:
-    """A row a case, a column a candidate; bold is the least of those that compute the same as ours.
+    """A row a case, a column a candidate; bold is the least of those that compute the same thing as one of ours.
 
     ``roof``: also the best of ours' share of it.
     """
@@ -57,13 +51,12 @@ def cases_table(title: str, rows: Mapping[str, Row], first: str = "case", roof: 
     table = Table(title, (first, *names, *(["ours, of the roof"] if roof else [])))
     for case, row in rows.items():
         cells = [shown(row.get(name)) for name in names]
-        figures = {name: value for name in names if (value := figure(row.get(name)))}
-        ours = {name: value for name, value in figures.items() if is_ours(name, row)}
-        same = {name: value for name, value in figures.items() if not row[name].get("unchecked")}
-        compared = {name: value for name, value in same.items() if split(name, row)[1] is not None}
-        if ours and len(compared) > 1:
-            table.bold.add((len(table.rows), 1 + names.index(best(compared))))
+        for group in groups(row):
+            same = {name: value for name, value in group.others.items() if not row[name].get("unchecked")}
+            if same:
+                table.bold.add((len(table.rows), 1 + names.index(best(group.ours | same))))
         if roof:
+            ours = {name: value for name in names if (value := figure(row.get(name))) and is_ours(name, row)}
             share = row[best(ours)].get("of_roof") if ours else None
             cells.append("" if share is None else f"{100 * share:.0f} %")
         table.rows.append([case, *cells])

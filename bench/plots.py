@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from figures import Figure
+from figures import Figure, number
 
 from pqk_fast.experiments.pictures import LAYER_COLOURS, make_figure, plain_axes, png
 from pqk_fast.report import BLACK, GREY, VERMILION
@@ -46,6 +46,10 @@ def against_size(series: Series, ours: Sequence[str], title: str, xlabel: str, y
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    if all(size < 1000 for points in shown.values() for size, _ in points):  # batches: just those
+        axes.set_xticks(sorted({size for points in shown.values() for size, _ in points}))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     plain_axes(axes, title, xlabel, ylabel)
     axes.grid(which="minor", axis="y", color="#EEEEEE", linewidth=0.5)
     handles, labels = axes.get_legend_handles_labels()
@@ -66,17 +70,17 @@ def side_by_side(rows: Mapping[str, Figure], ours: Sequence[str], title: str, xl
         axes.plot([value.low, value.high], [y, y], color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
         axes.plot([value.median], [y], "o" if name in ours else "s", color=colour, markersize=6)
         axes.annotate(
-            f"{value.median:.3g}", (value.median, y), xytext=(0, 6), textcoords="offset points", ha="center",
+            number(value.median), (value.median, y), xytext=(0, 6), textcoords="offset points", ha="center",
             fontsize=8, color=GREY,
         )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.set_ylim(-0.6, len(names) - 0.2)
-    medians = [value.median for value in rows.values()]
+    least, most = min(value.low for value in rows.values()), max(value.high for value in rows.values())
     plain_axes(axes, title, xlabel, "")
-    if min(medians) > 0 and max(medians) > 4 * min(medians):
+    if least > 0 and most > 4 * least:
         axes.set_xscale("log")
-        axes.set_xlim(min(medians) / 1.6, max(medians) * 1.6)
-        plain_ticks(axes)
+        axes.set_xlim(least / 1.6, most * 1.6)
+        plain_ticks(axes, 10 * least > most)
     else:
         axes.set_xlim(left=0)
     for label in axes.get_yticklabels():
@@ -84,10 +88,10 @@ def side_by_side(rows: Mapping[str, Figure], ours: Sequence[str], title: str, xl
     return png(figure)
 
 
-def plain_ticks(axes: Axes) -> None:
-    """1, 2 and 5 of each decade as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def plain_ticks(axes: Axes, narrow: bool) -> None:
+    """Plain numbers; also 2 and 5 of each decade where the range is ``narrow``."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: number(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
