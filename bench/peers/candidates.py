@@ -16,6 +16,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "peers"
 sys.path[:0] = [str(HERE.parent), str(ROOT)]
+VARIABLES = {  # of the environment, for all peers
+    "NNCF_CI": "1",  # or NNCF would report its use
+    "NNCF_EXTENSION_LOAD_TIMEOUT": "0",  # its C++ library takes as long to build as it takes
+    "TORCH_EXTENSIONS_DIR": str(BUILD / "nncf" / "extensions"),
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from candidates import BUILD, ENVIRONMENTS, HERE, chosen, python_of
+from candidates import BUILD, ENVIRONMENTS, HERE, VARIABLES, chosen, python_of
 
 from pqk_fast.files import replacing
+
+# What a peer would otherwise do at its first use.
+AFTERWARDS = {
+    "nncf": "from nncf.torch.quantization.extensions import QuantizedFunctionsCPU as f; f.get('Quantize_forward')"
+}
 
 
 def requirements(name: str) -> str:
@@ -32,7 +38,8 @@ def requirements(name: str) -> str:
 
 def run(command: list[str | Path]) -> None:
     """RuntimeError with the last lines of what a failed command said."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, **VARIABLES}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if line.strip()]
         raise RuntimeError(f"{' '.join(map(str, command[1:4]))} ended with {done.returncode}: {' / '.join(said[-3:])}")
@@ -53,6 +60,8 @@ def make(name: str, folder: Path) -> dict[str, Any]:
     held.write_text(f"torch=={metadata.version('torch')}\n", encoding="utf-8")
     listed = HERE / "requirements" / f"{name}.txt"
     run([python_of(name), "-m", "pip", "install", "--quiet", "--constraint", held, "--requirement", listed])
+    if name in AFTERWARDS:
+        run([python_of(name), "-c", AFTERWARDS[name]])
     return {each.metadata["Name"]: each.version for each in metadata.distributions(path=[str(site)])}
 
 

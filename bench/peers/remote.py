@@ -11,14 +11,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from candidates import BUILD, HERE, Candidate
-
-ENVIRONMENT = {
-    "NNCF_CI": "1",  # or NNCF would report its use
-    "NNCF_EXTENSION_LOAD_TIMEOUT": "0",  # its C++ builds at the first use, as long as that takes
-    "TORCH_EXTENSIONS_DIR": str(BUILD / "extensions"),
-    "HF_HUB_OFFLINE": "1",
-}
+from candidates import HERE, VARIABLES, Candidate
 
 
 class WorkerError(RuntimeError):
@@ -51,7 +44,7 @@ class Remote:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, **VARIABLES, "OMP_NUM_THREADS": str(threads)},
         )
         self._waiting = b""
         try:
