@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import nncf
+import nncf.torch
 import torch
 from nncf.common.quantization.structs import QuantizationScheme
 from nncf.parameters import PruneMode
@@ -35,7 +36,7 @@ class Nncf(Peer):
     does: ClassVar[dict[str, str]] = {
         "quantizer": "per tensor, learned scale, no mask; its C++ operation",
         "masks": "nncf.prune, global magnitude (of weights over their layer's norm)",
-        "file": "nncf.strip and torch.onnx.export",
+        "file": "its checkpoint, state_dict and nncf.torch.get_config (nncf.strip converts 8 bits alone)",
     }
 
     def quantizer(self, weight: Tensor, mask: Tensor) -> tuple[Quantizer, list[Tensor]]:
@@ -74,6 +75,6 @@ class Nncf(Peer):
         return [module.scale for module in model.modules() if isinstance(module, SymmetricQuantizer)]
 
     def export(self, model: nn.Module, x: Tensor, folder: Path) -> Path:
-        stripped = nncf.strip(model.eval(), example_input=x)
-        torch.onnx.export(stripped, (x,), str(folder / "model.onnx"), dynamo=False)
-        return folder / "model.onnx"
+        checkpoint = {"nncf_config": nncf.torch.get_config(model), "state_dict": model.state_dict()}
+        torch.save(checkpoint, folder / "checkpoint.pt")
+        return folder / "checkpoint.pt"
