@@ -115,7 +115,7 @@ class Training:
             if not math.isfinite(loss.item()):
                 raise RuntimeError(f"the loss is {loss.item()} at step {step} of {name}")
             if (step + 1) % phase.epoch_steps == 0 or step + 1 == phase.steps:
-                self._end_pass(name, step + 1, phase.steps, float(loss), prunes)
+                self._end_pass(name, step + 1, phase.steps, loss.item(), prunes)
                 model.train()
 
     def _end_pass(self, name: str, done: int, steps: int, loss: float, prunes: bool) -> None:
