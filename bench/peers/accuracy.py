@@ -112,6 +112,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--records", type=Path, help="folder of records to take PQK's figures from")
     parser.add_argument("--again", action="store_true", help="also what is in the record with an error")
     options, names = parsed(parser, arguments)
+    if not options.peers:
+        names = [name for name in names if not CANDIDATES[name].variant]
     try:
         record = opened(options.out, {"recipe": RECIPE, "steps": options.steps, "threads": options.threads})
     except ValueError as error:

@@ -26,10 +26,11 @@ VARIABLES = {  # of the environment, for all peers
 
 @dataclass(frozen=True)
 class Candidate:
-    """``adapter``: a module beside this one and the class in it."""
+    """``adapter``: a module beside this one and the class in it; ``variant``: one that trains as another one does."""
 
     adapter: str
     environment: str | None = None
+    variant: bool = False
 
     def load(self) -> Any:
         module, _, name = self.adapter.partition(":")
@@ -43,9 +44,10 @@ class Candidate:
 
 CANDIDATES = {
     "pqk_fast": Candidate("with_pqk_fast:Ours"),
+    "pqk_fast, compiled": Candidate("with_pqk_fast:OursCompiled", variant=True),
     "eager": Candidate("with_torch:Eager"),
-    "torch's own op": Candidate("with_torch:OwnOp"),
-    "torch.compile": Candidate("with_torch:Compiled"),
+    "torch's own op": Candidate("with_torch:OwnOp", variant=True),
+    "torch.compile": Candidate("with_torch:Compiled", variant=True),
     "torchao": Candidate("with_torchao:Torchao", "torchao"),
     "nncf": Candidate("with_nncf:Nncf", "nncf"),
     "brevitas": Candidate("with_brevitas:Brevitas", "brevitas"),
