@@ -53,9 +53,11 @@ def accuracy(record: Mapping[str, Any], page: Page) -> None:
         return
     page.heading("Accuracy at equal budget")
     page.text(
-        "Testing accuracy (%) on speech, 4 bits and 90 % sparse, each library by its own recipe in as many steps "
-        f"({record['settings'].get('steps')} in the first stage); after the last step, and at the best validation: "
-        "means of the seeds."
+        "Testing accuracy (%) on speech, 4 bits and 90 % sparse: the same network on the same batches, for as many "
+        f"steps at the same rates (those of the recipe {record['settings'].get('recipe')}, "
+        f"{record['settings'].get('steps')} steps in the first stage), each library's quantizer and masks as it "
+        'documents them. "after": pruned in fp32 first, then trained with 4 bits; "with": 4 bits from the '
+        "beginning. After the last step, and at the best validation: means of the seeds."
     )
     table = Table("", ("candidate", "order", "testing, by seed", "mean", "at best validation", "file, bytes"))
     for (name, order), runs in found.items():

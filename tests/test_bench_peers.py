@@ -218,7 +218,7 @@ def test_every_peer_is_pinned(peers: Import) -> None:
 
 def test_the_schedule_is_the_recipes(peers: Import) -> None:
     training = peers("training")
-    whole, trial = training.recipe_of(0, 1), training.recipe_of(902, 1)
+    whole, trial = (training.recipe_of(training.RECIPE, steps, 1) for steps in (0, 902))
     assert (whole.phase1.steps, whole.phase2.steps, whole.seed) == (9022, 3123, 1)
     assert (trial.phase1.steps, trial.phase2.steps) == (902, 312)
     assert trial.phase1.lr_drops == (300, 600)
@@ -245,7 +245,7 @@ def test_training_prunes_and_quantizes(peers: Import, monkeypatch: pytest.Monkey
     monkeypatch.setitem(training.WIDTH, "res8_narrow", 6)
     said: list[str] = []
     peer = peers("candidates").CANDIDATES["eager"].load()
-    result = training.Training(peer, training.recipe_of(40, 0), Split(peers), order, said.append).run()
+    result = training.Training(peer, training.recipe_of(training.RECIPE, 40, 0), Split(peers), order, said.append).run()
     assert result["last"]["testing"] > 90
     assert result["used"]["pruned"] >= 0.89
     assert result["used"]["levels"] <= 15
@@ -270,7 +270,7 @@ def test_accuracy_goes_on_where_it_was(
     monkeypatch.setattr(accuracy, "trained", trained)
     out = ["--out", str(tmp_path / "out.json"), "--data", str(tmp_path)]
     assert accuracy.main([*out, "--peers", "pqk_fast", "eager", "--seeds", "1"]) == 0
-    assert asked == [("pqk_fast", "pqk", 0), ("eager", "after", 0)]
+    assert asked == [("pqk_fast", "phase 2", 0), ("pqk_fast", "finetune", 0), ("eager", "after", 0)]
     asked.clear()
     assert accuracy.main([*out, "--peers", "eager", "torchao", "--seeds", "1", "--orders", "after", "with"]) == 0
     assert asked == [("eager", "with", 0), ("torchao", "after", 0), ("torchao", "with", 0)]
@@ -280,11 +280,18 @@ def test_accuracy_goes_on_where_it_was(
     assert "give another --out" in capsys.readouterr().err
 
 
-def test_pqk_is_taken_from_records(peers: Import) -> None:
+@pytest.mark.parametrize(("order", "stage"), [("phase 2", "phase2"), ("finetune", "finetune")])
+@pytest.mark.parametrize("recipe", ["kws-res8-narrow-w4-p90", "kws-res8-narrow-plus-w4-p90"])
+def test_pqk_is_taken_from_records(peers: Import, recipe: str, order: str, stage: str) -> None:
     """Those in the repository that are of the recipe itself, and no others."""
     folder = PEERS.parent / "results" / "reproduce"
-    found = peers("accuracy").from_records(folder, 0, "89b59065c02616aa")
-    assert sorted(found) == [0, 1, 2]
-    assert all("phase2" in result["from"] and "w4-p90" in result["from"] for result in found.values())
-    assert peers("accuracy").from_records(folder, 60, "89b59065c02616aa") == {}
-    assert peers("accuracy").from_records(folder, 0, "other data") == {}
+    found = peers("accuracy").from_records(folder, order, recipe, 0, "89b59065c02616aa")
+    assert set(found) >= {0, 1, 2}
+    assert all(stage in result["from"] and "w4-p90" in result["from"] for result in found.values())
+    tracked = {
+        json.loads((folder / result["from"]).read_text())["recipe"]["pqk"].get("step_tracking", 0)
+        for result in found.values()
+    }
+    assert tracked == {10 if "plus" in recipe else 0}
+    assert peers("accuracy").from_records(folder, order, recipe, 60, "89b59065c02616aa") == {}
+    assert peers("accuracy").from_records(folder, order, recipe, 0, "other data") == {}

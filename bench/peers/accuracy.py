@@ -1,11 +1,11 @@
 """Accuracy at equal budget on the real speech set, 4 bits and 90 % sparse.
 
     python bench/peers/compare.py accuracy --data DIR [--peers NAME ...] [--orders after with] [--steps 9022]
-        [--seeds 3] [--records bench/results/reproduce] [--out bench/results/peers-accuracy.json]
+        [--recipe NAME] [--seeds 3] [--records bench/results/reproduce] [--out bench/results/peers-accuracy.json]
 
 What is trained, and how, stands in training.py. One candidate at a time, one process and one thread; a finished one
 stands in the record and is not trained again, so that the same command goes on after an interruption. PQK itself is
-trained by the library's own recipe in as many steps, or, with ``--records``, taken from the records of
+trained by the library's own trainer in as many steps, or, with ``--records``, taken from the records of
 ``pqk-fast reproduce`` that are of the same recipe and data. ``--steps`` is for trials: the length of the first stage,
 the second in proportion.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,30 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from training import ORDERS, RECIPE, recipe_of
+from training import ORDERS, OWN, RECIPE, RESULTS, recipe_of
 
 from pqk_fast.config import Recipe, recipe_from_dict
 from pqk_fast.data.load import load_splits
 from pqk_fast.record import environment, read_record
 
-OWN = "pqk"  # the order in which PQK is trained
+
+def matter(recipe: Recipe, order: str) -> dict[str, Any]:
+    """What two recipes have to share for the same second stage: finetuning does not distil."""
+    second = replace(recipe.phase2, distill_start=0) if order == "finetune" else recipe.phase2
+    shared = {key: getattr(recipe, key) for key in ("model", "seed", "data", "pqk", "phase1", "phase1_start")}
+    return {**shared, "phase2": second, "finetune": recipe.finetune}
 
 
-def matter(recipe: Recipe) -> dict[str, Any]:
-    """What two recipes have to share for the same phase 2."""
-    return {key: getattr(recipe, key) for key in ("model", "seed", "data", "pqk", "phase1", "phase2", "phase1_start")}
-
-
-def from_records(folder: Path, steps: int, fingerprint: str) -> dict[int, dict[str, Any]]:
+def from_records(folder: Path, order: str, name: str, steps: int, fingerprint: str) -> dict[int, dict[str, Any]]:
     """PQK's results by seed, of the records that are of this recipe and data."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
-        result = record["results"].get("phase2_p")
+        result = record["results"].get(RESULTS[order])
         seed = record["seed"]
-        if result is None or matter(recipe_from_dict(record["recipe"])) != matter(recipe_of(steps, seed)):
+        if result is None:
+            continue
+        if matter(recipe_from_dict(record["recipe"]), order) != matter(recipe_of(name, steps, seed), order):
             continue
         if record["data"]["fingerprint"] != fingerprint:
             continue
@@ -81,9 +84,9 @@ def trained(name: str, order: str, seed: int, options: Any) -> dict[str, Any]:
         worker = Remote(name, CANDIDATES[name], options.threads, options.patience)
     except WorkerError as error:
         return {"error": str(error)}
-    details = {"data": str(options.data), "steps": options.steps, "seed": seed, "order": order}
+    details = {"data": str(options.data), "recipe": options.recipe, "steps": options.steps, "seed": seed}
     try:
-        answer = worker.ask("train", lambda text: print(f"  {text}", flush=True), **details)
+        answer = worker.ask("train", lambda text: print(f"  {text}", flush=True), order=order, **details)
         return answer["result"] | {"versions": worker.about["versions"], "does": worker.about["does"]}
     except WorkerError as error:
         return {"error": str(error)}
@@ -106,6 +109,7 @@ def opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     parser = parser_of(__doc__, "bench/results/peers-accuracy.json")
     parser.add_argument("--data", type=Path, required=True, help="the speech set's folder")
+    parser.add_argument("--recipe", default=RECIPE, help="its steps, batches and rates are everyone's")
     parser.add_argument("--steps", type=int, default=0, help="of the first stage; default: the recipe's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["after"], help="of pruning and 4 bits")
@@ -115,7 +119,8 @@ def main(arguments: list[str]) -> int:
     if not options.peers:
         names = [name for name in names if not CANDIDATES[name].variant]
     try:
-        record = opened(options.out, {"recipe": RECIPE, "steps": options.steps, "threads": options.threads})
+        steps = recipe_of(options.recipe, options.steps, 0).phase1.steps
+        record = opened(options.out, {"recipe": options.recipe, "steps": steps, "threads": options.threads})
     except ValueError as error:
         parser.error(str(error))
     runs: dict[str, Any] = record["runs"]
@@ -123,13 +128,14 @@ def main(arguments: list[str]) -> int:
         (name, order, seed)
         for seed in range(options.seeds)
         for name in names
-        for order in ([OWN] if name == OURS else options.orders)
+        for order in (OWN if name == OURS else options.orders)
     ]
     if options.records is not None:
-        data = load_splits(recipe_of(options.steps, 0), options.data).fingerprint
-        for seed, result in from_records(options.records, options.steps, data).items():
-            if seed < options.seeds:
-                runs[key_of(OURS, OWN, seed)] = result
+        data = load_splits(recipe_of(options.recipe, options.steps, 0), options.data).fingerprint
+        for order in OWN:
+            for seed, result in from_records(options.records, order, options.recipe, options.steps, data).items():
+                if seed < options.seeds:
+                    runs[key_of(OURS, order, seed)] = result
     for name, order, seed in plan:
         key = key_of(name, order, seed)
         if key in runs and not (options.again and "error" in runs[key]):

@@ -2,7 +2,8 @@
 
 Two stages with the recipe's steps, batches, learning rates and weight decay. Masks grow in the first, every 32 steps by
 the recipe's schedule, and stay in the second. "after": the first stage trains in fp32, the second with 4 bits, as the
-peers' documentations have it (prune, finetune, then quantize and finetune). "with": 4 bits from the beginning.
+peers' documentations have it (prune, finetune, then quantize and finetune). "with": 4 bits from the beginning. PQK's
+own two stages are its phase 1, and its phase 2 or finetuning: by the library's trainer, of the same recipe.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from pqk_fast.recipe_files import load_recipe
 from pqk_fast.schedule import learning_rate, sparsity_of_mask
 from pqk_fast.training.metrics import accuracy
 
-RECIPE = "kws-res8-narrow-w4-p90"
+RECIPE = "kws-res8-narrow-plus-w4-p90"
 ORDERS = ("after", "with")
+OWN = {"phase 2": "phase2", "finetune": "finetune"}  # PQK's second stages
+RESULTS = {"phase 2": "phase2_p", "finetune": "finetune"}
 Tell = Callable[[str], None]
 
 
@@ -44,9 +47,9 @@ def shortened(phase: PhaseConfig, share: float) -> PhaseConfig:
     return replace(phase, steps=steps, epoch_steps=max(10, round(phase.epoch_steps * share)), lr_drops=drops, **more)
 
 
-def recipe_of(steps: int, seed: int) -> Recipe:
+def recipe_of(name: str, steps: int, seed: int) -> Recipe:
     """The recipe, its first stage in ``steps`` (0: as it is) and the second in proportion."""
-    recipe = load_recipe(RECIPE, ["data.unknown=1.0"])
+    recipe = load_recipe(name, ["data.unknown=1.0"])
     share = steps / recipe.phase1.steps if steps else 1.0
     stages = {"phase1": shortened(recipe.phase1, share), "phase2": shortened(recipe.phase2, share)}
     return replace(recipe, seed=seed, **stages)
@@ -128,12 +131,13 @@ class Training:
         return accuracy(self.model, getattr(self.splits, split))
 
 
-def by_the_recipe(recipe: Recipe, splits: Splits, tell: Tell) -> dict[str, Any]:
-    """PQK: phase 1 and phase 2 by the library's trainer; the accuracy is the pruned student's."""
+def by_the_recipe(recipe: Recipe, splits: Splits, order: str, tell: Tell) -> dict[str, Any]:
+    """PQK: phase 1 and a second stage by the library's trainer; the accuracy is the pruned student's."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        record = run_recipe(replace(recipe, stages=("phase1", "phase2")), splits, folder, callbacks=[Telling(tell)])
-    result = record["results"]["phase2_p"]
+        recipe = replace(recipe, stages=("phase1", OWN[order]))
+        record = run_recipe(recipe, splits, folder, callbacks=[Telling(tell)])
+    result = record["results"][RESULTS[order]]
     return {key: result[key] for key in ("last", "best_dev")} | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -145,12 +149,12 @@ class Telling(Callback):
         self.tell(f"{stage} {row['step']}: loss {row['loss']:.3f}, validation {row['validation']:.2f} %")
 
 
-def train(peer: Peer, data: Path, steps: int, seed: int, order: str, tell: Tell) -> dict[str, Any]:
-    """``order`` "pqk" is PQK itself."""
-    recipe = recipe_of(steps, seed)
+def train(peer: Peer, data: Path, name: str, steps: int, seed: int, order: str, tell: Tell) -> dict[str, Any]:
+    """``name``: of the recipe; an ``order`` of ``OWN`` is PQK itself."""
+    recipe = recipe_of(name, steps, seed)
     splits = load_splits(recipe, data)
-    if order == "pqk":
-        result = by_the_recipe(recipe, splits, tell)
+    if order in OWN:
+        result = by_the_recipe(recipe, splits, order, tell)
     else:
         result = Training(peer, recipe, splits, order, tell).run()
     return {**result, "data": {**splits.sizes, "fingerprint": splits.fingerprint}}

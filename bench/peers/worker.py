@@ -9,7 +9,7 @@ Requests and answers are JSON objects:
     {"do": "time", "times": n, "settle": bool}                 -> {"seconds"} a call, of what was prepared
     {"do": "memory"}                                           -> {"peak_bytes", "state_bytes"}
     {"do": "file"}                                             -> {"bytes"}
-    {"do": "train", "data", "steps", "seed", "order"}          -> any number of {"progress"}, then {"result"}
+    {"do": "train", "data", "recipe", "steps", "seed", "order"}        -> any number of {"progress"}, then {"result"}
     {"do": "quit"}
 
 What cannot be done is answered by {"error"}, and the next request is waited for. Whatever libraries print goes to
@@ -108,11 +108,11 @@ class Worker:
 
         return work.file_of(self.peer)
 
-    def train(self, data: str, steps: int, seed: int, order: str) -> dict[str, Any]:
+    def train(self, data: str, recipe: str, steps: int, seed: int, order: str) -> dict[str, Any]:
         import training
 
         tell = lambda text: self.say(progress=text)  # noqa: E731
-        return {"result": training.train(self.peer, Path(data), steps, seed, order, tell)}
+        return {"result": training.train(self.peer, Path(data), recipe, steps, seed, order, tell)}
 
 
 def main() -> None:
