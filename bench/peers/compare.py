@@ -35,10 +35,11 @@ from pqk_fast.files import replacing
 from pqk_fast.record import environment
 
 FAKE_QUANT = ("res8-narrow layer", "1 M", "16 M")
+STEPS = ("res8-narrow", "res8-narrow, channels_last")
 MASKS = ("res8-narrow, all layers", "1 M")
 TIMED = {
     **{f"fake-quant, {name}": ("fake_quant", name) for name in FAKE_QUANT},
-    "phase-1 step, res8-narrow": ("step", "res8-narrow"),
+    **{f"phase-1 step, {name}": ("step", name) for name in STEPS},
     **{f"masks, {name}": ("masks", name) for name in MASKS},
 }
 ASKED = {"memory of a step": ("memory", "peak_bytes"), "exported file": ("file", "bytes")}

@@ -3,7 +3,8 @@
 - "fake_quant": a weight ``[out, in]`` put on a grid of 4 bits, and the gradients of the weight and of what else is
   learned. Candidates whose operation has a mask apply one of 90 %; the others do not, and have less to do.
 - "step": res8-narrow as whole_cell.py writes it, batch 64 of noise, masks of 90 % and weights of 4 bits: forward,
-  backward, SGD with momentum. It makes no masks, which 31 of 32 steps do not.
+  backward, SGD with momentum. It makes no masks, which 31 of 32 steps do not. "channels_last": the same with weights,
+  and so activations, in that memory format, where a candidate's weights keep it.
 - "masks": new masks of 90 % for all layers of res8-narrow, or for one layer of 1 M weights.
 """
 
@@ -24,7 +25,7 @@ SPARSITY = 0.9
 LR, STEP_LR_SCALE = 1e-4, 1e-4
 FAKE_QUANT = {"res8-narrow layer": (19, 171), "1 M": (1024, 1024), "16 M": (4096, 4096)}
 MASKS = ("res8-narrow, all layers", "1 M")
-STEP = "res8-narrow"
+STEPS = {"res8-narrow": torch.contiguous_format, "res8-narrow, channels_last": torch.channels_last}
 STEPS_BEFORE_FILE = 20
 
 
@@ -64,9 +65,15 @@ def groups(peer: Peer, model: nn.Module, lr: float, weight_decay: float, scale: 
 class Step:
     """One step of training; ``about`` is what the network computes with."""
 
-    def __init__(self, peer: Peer, width: int = WIDTH["res8_narrow"], batch: int = BATCH) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        width: int = WIDTH["res8_narrow"],
+        batch: int = BATCH,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         self.x, self.y = noise(batch)
-        self.model = peer.add_masks(network(width), self.x)
+        self.model = peer.add_masks(network(width).to(memory_format=memory_format), self.x)
         peer.set_sparsity(self.model, SPARSITY)
         self.model = peer.quantize(self.model, self.x).train()
         self.optimizer = torch.optim.SGD(groups(peer, self.model, LR, 1e-5, STEP_LR_SCALE), momentum=0.9)

@@ -78,7 +78,7 @@ class Worker:
 
         self.call = None
         if kind == "step":
-            self.call = work.Step(self.peer)
+            self.call = work.Step(self.peer, memory_format=work.STEPS[case])
             about = self.call.about
         elif kind == "fake_quant":
             self.call, about = work.fake_quant(self.peer, work.FAKE_QUANT[case])
