@@ -52,8 +52,12 @@ def tiny(peers: Import, monkeypatch: pytest.MonkeyPatch) -> None:
     """A narrow network and a small batch."""
     work = peers("work")
     monkeypatch.setattr(work, "FAKE_QUANT", {"small": (6, 50)})
-    monkeypatch.setattr(work.Step.__init__, "__defaults__", (4, 3))
+    monkeypatch.setattr(work.Step.__init__, "__defaults__", (4, 3, torch.contiguous_format))
     monkeypatch.setattr(work, "STEPS_BEFORE_FILE", 1)
+
+
+def conv_weights(talk: Talk) -> list[torch.Tensor]:
+    return [weight for weight in talk.worker.call.model.parameters() if weight.dim() == 4]
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -65,11 +69,14 @@ def test_a_worker_answers(peers: Import, name: str) -> None:
     assert 2 <= ready["about"]["levels"] <= 15
     (timed,) = talk.ask(do="time", times=2, settle=True)
     assert timed["seconds"] > 0
-    (ready,) = talk.ask(do="prepare", kind="step", case="res8-narrow")
-    about = ready["about"]
-    assert about["weights"] == 4 * 9 + 6 * 16 * 9 + 4 * 12
-    assert about["pruned"] == pytest.approx(0.9, abs=1e-3)
-    assert (2 <= about["levels"] <= 15, about["learned"]) == (True, 8)
+    for case in peers("compare").STEPS:
+        (ready,) = talk.ask(do="prepare", kind="step", case=case)
+        about = ready["about"]
+        assert about["weights"] == 4 * 9 + 6 * 16 * 9 + 4 * 12
+        assert about["pruned"] == pytest.approx(0.9, abs=1e-3)
+        assert (2 <= about["levels"] <= 15, about["learned"]) == (True, 8)
+        weights = {weight.is_contiguous(memory_format=peers("work").STEPS[case]) for weight in conv_weights(talk)}
+        assert weights == {True}
     (asked,) = talk.ask(do="memory")
     assert asked["peak_bytes"] > 3 * 4 * 101 * 40 * 4  # one activation at least
     assert talk.ask(do="file")[0]["bytes"] > 0
