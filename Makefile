@@ -1,9 +1,9 @@
-# make demo | make test | make bench | make lint | make sanitize | make fuzz | make interpret | make install; each makes .venv first if it is missing.
+# make demo | make test | make bench | make peers | make lint | make sanitize | make fuzz | make interpret | make install; each makes .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test bench lint sanitize fuzz interpret clean
+.PHONY: install demo test bench peers lint sanitize fuzz interpret clean
 
 install: $(VENV)/installed $(VENV)/library
 
@@ -30,6 +30,11 @@ OUT := runs/bench
 PAGE := $(OUT)
 bench: install
 	$(BIN)/python -m pqk_fast bench --all --out $(OUT) --page $(PAGE)
+
+# The libraries that it compares with, each in an environment of its own (0.7 GB, some ten minutes); without them, the
+# page says that they are not installed.
+peers: install
+	$(BIN)/python bench/peers/install.py all
 
 lint: install
 	$(BIN)/ruff check .

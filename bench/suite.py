@@ -6,8 +6,8 @@ Each benchmark is a script in a process of its own. After each one ``bench.json`
      "load_before": float, "versions": {...}, "hardware": {...}, "gate": {"summary", "seconds"},
      "stages": {NAME: {"status", "seconds"}}, "records": {NAME: the script's record}}
 
-and, at the end, ``benchmarks.md``, ``benchmarks.html`` and their pictures. Records of other libraries, which scripts of
-their own measure (``bench/results/peers.json``, ``peers-accuracy.json``), are taken in as they stand.
+and, at the end, ``benchmarks.md``, ``benchmarks.html`` and their pictures. What trains for hours, the accuracy of other
+libraries (``bench/peers/compare.py accuracy``), is taken in from its record in ``bench/results`` as it stands.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pqk_fast.record import environment
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 RESULTS = BENCH / "results"
-PEERS = ("peers", "peers-accuracy")  # measured by bench/peers/
+TAKEN_IN = ("peers-accuracy",)
 FORMAT, VERSION = "pqk_fast bench", 1
 
 SHORT = ("--seconds", "0.02", "--threads", "1", "--without", "torch.compile")
@@ -74,6 +74,13 @@ BENCHMARKS = {
     "scaling": Benchmark("bench_scaling.py", quick=(*SHORT, "--shrink", "1024")),
     "latency": Benchmark("bench_latency.py", quick=(*SHORT, "--only", "res8_narrow"), on_cpu=True),
     "files": Benchmark("bench_files.py", quick=("--only", "res8_narrow"), on_cpu=True),
+    "peers": Benchmark(
+        "peers/compare.py",
+        quick=("--only", "res8-narrow layer", "--rounds", "3", "--seconds", "0.02"),
+        takes_device=False,
+        on_cpu=True,
+        asked_for=True,
+    ),
     "cell": Benchmark("whole_cell.py", quick=CELL, takes_device=False, on_cpu=True, asked_for=True),
     "profile": Benchmark("profile_step.py", quick=CELL[:2], takes_device=False, on_cpu=True, asked_for=True),
 }
@@ -179,7 +186,7 @@ def measure(
         record["stages"][name], made = one_benchmark(BENCHMARKS[name], quick)
         record["records"][name] = made
         write(path, record)
-    for name in PEERS:
+    for name in TAKEN_IN:
         if (made_there := RESULTS / f"{name}.json").exists():
             record["records"][name] = json.loads(made_there.read_text(encoding="utf-8"))
     write(path, record)

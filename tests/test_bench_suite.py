@@ -188,7 +188,11 @@ def test_others_are_faster_beyond_the_quartiles_only(bench: Callable) -> None:
 
 def test_every_benchmark_is_in_the_suite(bench: Callable) -> None:
     scripts = {benchmark.script for benchmark in bench("suite").BENCHMARKS.values()}
-    assert {path.name for path in BENCH.glob("bench_*.py")} | {"whole_cell.py", "profile_step.py"} == scripts
+    assert {path.name for path in BENCH.glob("bench_*.py")} | {
+        "whole_cell.py",
+        "profile_step.py",
+        "peers/compare.py",
+    } == scripts
 
 
 def test_nothing_is_measured_if_the_tests_fail(bench: Callable, tmp_path: Path) -> None:
@@ -247,10 +251,10 @@ def test_one_record_of_all_benchmarks(made: Any, tmp_path: Path) -> None:
     assert record["gate"]["summary"] == "7 passed"
     assert (record["format"], record["quick"]) == ("pqk_fast bench", True)
     # one more, beside those; then other libraries' records
-    (tmp_path / "peers.json").write_text(json.dumps({"benchmark": "peers", "cases": {}}))
+    (tmp_path / "peers-accuracy.json").write_text(json.dumps({"benchmark": "peers, accuracy", "runs": {}}))
     made.measure(out, True, ["long"], False, silent(), passing)
     record = json.loads((out / "bench.json").read_text())
-    assert set(record["records"]) == {"good", "bad", "long", "peers"}
+    assert set(record["records"]) == {"good", "bad", "long", "peers-accuracy"}
     with pytest.raises(ValueError, match="has quick True, and this run False"):
         made.measure(out, False, ["good"], False, silent(), passing)
     with pytest.raises(ValueError, match="no benchmark nosuch; there are: good, bad, long"):

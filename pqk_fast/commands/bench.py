@@ -22,7 +22,9 @@ def add(commands: Commands) -> None:
     sub.add_argument("--page", type=Path, metavar="DIR", help="folder for benchmarks.md and .html (default: --out)")
     sub.add_argument("--quick", action="store_true", help="a trial with small sizes; its figures mean nothing")
     sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these benchmarks; --out keeps the others")
-    sub.add_argument("--all", action="store_true", help="also a whole cell against a plain script, a step's profile")
+    sub.add_argument(
+        "--all", action="store_true", help="also other libraries, a whole cell against a plain script, a step's profile"
+    )
     sub.add_argument("--from", dest="made", type=Path, metavar="FILE", help="only make the page, of this bench.json")
     sub.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="measure nothing: exit status 1 if B is slower than A"
