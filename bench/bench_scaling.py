@@ -6,10 +6,10 @@
 tensor; "phase 1" is a training step without new masks of eight square linear layers, batch 64, against the plain
 network's and naive.py's, eager and compiled. Sizes from 20 k to 1 G weights.
 
-Where memory is short, a part of the state stands for all of it: one tensor of as many weights as fit, or the first of
-the eight layers, and times are multiplied accordingly ("part" in the record, the same for all candidates of a case).
-What is large enough for that streams from memory weight by weight, so time is proportional; "phase 1, 20 M by 2 of 8
-layers" measures how well that holds, the whole and the part in the same rounds.
+Where memory is short, a part of the state stands for all of it: one tensor, or eight layers, of as many weights as fit,
+and times are multiplied accordingly ("part" in the record, the same for all candidates of a case). What is large enough
+for that streams from memory weight by weight, so time is proportional; "phase 1, 20 M by a quarter" measures how well
+that holds, the whole and the part in the same rounds.
 
 "batch": phase 1 of res8-narrow by batch size. "memory": the most that a training step holds (memory.py). "ranks":
 two_ranks.py, CPU only.
@@ -43,7 +43,7 @@ SIZES = {
     "1 G": 1_000_000_000,
 }
 # bytes a weight of all candidates of a case together: inputs, results and what stays between forward and backward
-BYTES = {"fake-quant": 60, "top-k": 40, "phase 1": 110}
+BYTES = {"fake-quant": 60, "top-k": 40, "phase 1": 250}
 SHARE = 0.6  # of the memory that is free
 BATCH = 64
 BATCHES = (1, 4, 16, 64, 256)
@@ -70,10 +70,10 @@ def top_k(numel: int, device: str, cases_of: str) -> Workload:
     return in_part(bench_topk_mask.workload([fits], device, cases_of), fits / numel)
 
 
-def stack(width: int, layers: int, device: str) -> Steps:
+def stack(width: int, device: str) -> Steps:
     torch.manual_seed(0)
     x, y = torch.randn(BATCH, width, device=device), torch.randint(width, (BATCH,), device=device)
-    return Steps(mlp(width, layers), x, y, NEVER)
+    return Steps(mlp(width), x, y, NEVER)
 
 
 def compared(steps: Steps, compile_: bool) -> Workload:
@@ -91,19 +91,20 @@ def compared(steps: Steps, compile_: bool) -> Workload:
 
 
 def phase1(numel: int, device: str, compile_: bool) -> Workload:
-    fits = max(1, DEPTH * held(numel, BYTES["phase 1"], device) // numel)
-    return in_part(compared(stack(width_of(numel), fits, device), compile_), fits / DEPTH)
+    width = width_of(held(numel, BYTES["phase 1"], device))
+    return in_part(compared(stack(width, device), compile_), DEPTH * width**2 / numel)
 
 
 def part_for_whole(numel: int, device: str) -> Workload:
-    """Whether two of eight layers take a quarter of the time."""
+    """Whether a quarter of the weights takes a quarter of the time."""
     name = "phase 1, ours"
-    width, part = width_of(numel), f"{name}, 2 of {DEPTH} layers"
+    whole, width, part = width_of(numel), width_of(numel // 4), f"{name}, a quarter"
     ways: dict[str, Callable[[], Callable[[], object]]] = {
-        name: lambda: stack(width, DEPTH, device).ours(True, True, False),
-        part: lambda: stack(width, 2, device).ours(True, True, False),
+        name: lambda: stack(whole, device).ours(True, True, False),
+        part: lambda: stack(width, device).ours(True, True, False),
     }
-    return Workload(ways, lambda seed: (), uncaptured=list(ways), reference=name, rotate=False, parts={part: 2 / DEPTH})
+    parts = {part: (width / whole) ** 2}
+    return Workload(ways, lambda seed: (), uncaptured=list(ways), reference=name, rotate=False, parts=parts)
 
 
 def by_batch(batch: int, device: str, compile_: bool) -> Workload:
@@ -132,7 +133,7 @@ def declare(report: Report) -> None:
     for name, numel in sizes.items():
         weights = DEPTH * width_of(numel) ** 2
         report.case(f"phase 1, {name}", weights, 0, partial(phase1, weights, device, compile_))
-    report.case("phase 1, 20 M by 2 of 8 layers", sizes["20 M"], 0, partial(part_for_whole, sizes["20 M"], device))
+    report.case("phase 1, 20 M by a quarter", sizes["20 M"], 0, partial(part_for_whole, sizes["20 M"], device))
     narrow = sum(p.numel() for p in create_model("res8_narrow", MODELS["res8_narrow"][0]).parameters())
     for batch in BATCHES[: 2 if small else None]:
         report.case(f"batch {batch}, res8_narrow", narrow, 0, partial(by_batch, batch, device, compile_))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from figures import Figure, number
 
-from pqk_fast.experiments.pictures import LAYER_COLOURS, make_figure, plain_axes, png
+from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
 from pqk_fast.report import BLACK, GREY, VERMILION
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
-"""The command line: ``pqk-fast demo | train | eval | reproduce | bench | sensitivity | export | inspect | spot |
-recipes | doctor``."""
+"""The command line: ``pqk-fast demo | train | eval | reproduce | bench | pareto | sensitivity | export | inspect |
+spot | recipes | doctor``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import pqk_fast
-from pqk_fast.commands import about, bench, deploy, reproduce, sensitivity, training
+from pqk_fast.commands import about, bench, deploy, pareto, reproduce, sensitivity, training
 from pqk_fast.commands.options import console
 from pqk_fast.experiments.runner import TaskError
 from pqk_fast.training.interrupts import Interrupted
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pqk-fast {pqk_fast.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (training, reproduce, bench, sensitivity, deploy, about):
+    for module in (training, reproduce, bench, pareto, sensitivity, deploy, about):
         module.add(commands)
     return parser
 

@@ -17,6 +17,7 @@ from pqk_fast.reference import STE_MODES, TEACHER_WEIGHTS
 
 STEP_INITS = ("mean", "lsq", "max", "mse")
 STEP_LR_RULES = ("flat", "lsq")
+PHASE2_STEPS = ("frozen", "learned")
 STAGES = ("vanilla", "phase1", "phase2", "finetune", "distill")
 
 
@@ -151,7 +152,8 @@ class PQKConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on. ``unknown`` and ``silence`` are fractions of the keyword count (speech only)."""
+    """What to train on. Speech only: ``unknown`` and ``silence`` are fractions of the keyword count, and ``time_mask``
+    frames at most are hidden in a clip's features in training (SpecAugment; Park et al., Interspeech 2019)."""
 
     name: str = "speech_commands"
     batch_size: int = 64
@@ -159,13 +161,14 @@ class DataConfig:
     unknown: float = 0.1
     silence: float = 0.1
     validation: float = 0.1
+    time_mask: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
         check_choice("data.name", self.name, ("speech_commands", "spoken_words", "cifar100"))
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         require(self.classes >= 2, f"classes must be at least 2, got {self.classes}")
-        for name in ("unknown", "silence"):
+        for name in ("unknown", "silence", "time_mask"):
             require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
         require(0 <= self.validation < 1, f"data.validation must lie in [0, 1), got {self.validation}")
 
@@ -177,6 +180,8 @@ class PhaseConfig:
     ``epoch_steps`` is what Eq. 1, the curves and the validation call an epoch. ``lr_schedule`` "drops" multiplies the
     rate by ``lr_gamma`` at each step of ``lr_drops``, "cosine" decays to 0, "constant" stays; in the first
     ``lr_warmup`` steps the rate rises in a line to what the schedule says. ``label_smoothing`` is the cross-entropy's.
+    The mean of the weights of the last ``average_steps`` steps takes their place at the end, with BatchNorm statistics
+    made anew; 0: none.
     ``step_lr_scale`` is the step sizes' share of the rate, which ``step_lr_rule`` "lsq" divides by ``sqrt(N Q)`` for a
     step size of N weights (with SGD this is LSQ's gradient scale; Esser et al., ICLR 2020) and "flat" leaves as it is.
     """
@@ -193,6 +198,7 @@ class PhaseConfig:
     weight_decay: float = 1e-5
     step_lr_scale: float = 1e-4
     step_lr_rule: str = "flat"
+    average_steps: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -211,6 +217,8 @@ class PhaseConfig:
         require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
         require(self.step_lr_scale >= 0, f"step_lr_scale must not be negative, got {self.step_lr_scale}")
         check_choice("step_lr_rule", self.step_lr_rule, STEP_LR_RULES)
+        most = f"average_steps must be a number of the {self.steps} steps, got {self.average_steps}"
+        require(0 <= self.average_steps <= self.steps, most)
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,7 @@ class Phase2Config(PhaseConfig):
 
     With ``distillation`` "one_way" the full net learns from the labels alone, with "mutual" from the student too. In
     the last ``teacher_rest`` steps it has no loss any more: the student learns from a teacher that holds still, but for
-    what the weights that both share do.
+    what the weights that both share do. ``step_size`` "learned" lets S learn on from the student's loss.
     """
 
     steps: int = 3123
@@ -230,6 +238,7 @@ class Phase2Config(PhaseConfig):
     temperature: float = 2.0
     distillation: str = "mutual"
     teacher_rest: int = 0
+    step_size: str = "frozen"
     forward: str = "auto"
 
     def __post_init__(self) -> None:
@@ -241,6 +250,7 @@ class Phase2Config(PhaseConfig):
         require(self.alpha >= 0 and self.beta >= 0, f"alpha and beta must be >= 0, got {self.alpha}, {self.beta}")
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         check_choice("distillation", self.distillation, ("mutual", "one_way"))
+        check_choice("step_size", self.step_size, PHASE2_STEPS)
         require(
             0 <= self.teacher_rest <= self.steps,
             f"teacher_rest must be a number of phase 2's {self.steps} steps, got {self.teacher_rest}",

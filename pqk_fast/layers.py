@@ -7,7 +7,7 @@ whole model by :mod:`pqk_fast.prepare` and :mod:`pqk_fast.branches`. The phase i
 | phase | branch  | forward uses                       | weight gradient reaches | step size |
 |-------|---------|------------------------------------|-------------------------|-----------|
 | 1     | student | ``wbar`` (Eqs 2-4)                 | all (or kept, by option)| learns    |
-| 2     | student | ``wbar``                           | kept (Eq. 11)           | frozen    |
+| 2     | student | ``wbar``                           | kept (Eq. 11)           | by option |
 | 2     | teacher | latent ``w`` (Eq. 12)              | pruned (Eq. 12)         | -         |
 | 2     | stacked | first half of the batch student's, second half teacher's       ||           |
 """
@@ -49,6 +49,7 @@ class PQKLayer(TwoPhase):
     weight_mask: Tensor
     weight_step: nn.Parameter
     bits: int
+    phase2_step = "frozen"  # or "learned"
     fused: bool  # see pqk_fast.fusion
     fed: tuple[Tensor, Any] | None  # the student's weight for the forward under way, and what it was made from
 
@@ -71,10 +72,14 @@ class PQKLayer(TwoPhase):
         return initial_step(weight, mask, self.bits, self.config.step_init, self.config.per_channel)
 
     def set_phase(self, phase: int) -> None:
-        """Phase 2 freezes the step size; the mask is the Pruner's, which refuses phase 2."""
+        """Phase 2 freezes the step size, unless ``start_phase2`` was told otherwise; the mask is the Pruner's, which
+        refuses phase 2."""
         super().set_phase(phase)
-        self.weight_step.requires_grad_(phase == 1 and is_quantized(self.bits))
+        self.weight_step.requires_grad_(self._step_learns())
         self.weight_step.grad = None
+
+    def _step_learns(self) -> bool:
+        return is_quantized(self.bits) and (self.phase == 1 or self.phase2_step == "learned")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves and casts as ever, but the step size stays fp32: in fp16 its smallest value is 0, in bf16 it stalls."""
@@ -180,7 +185,8 @@ class PQKLayer(TwoPhase):
         return plain_copy(self, self.float_type, {"weight": weight, "bias": self.bias})
 
     def student_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """``wbar``: masked, fake-quantized. In phase 2 its gradient reaches kept weights only and S is a constant."""
+        """``wbar``: masked, fake-quantized. In phase 2 its gradient reaches kept weights only; S is a constant, unless
+        ``start_phase2`` was told otherwise."""
         weight, mask, _, bits, _, hard = arguments = self.student_arguments()
         return ops.fake_quant(*arguments, dtype) if is_quantized(bits) else ops.prune(weight, mask, hard, dtype)
 
@@ -188,7 +194,7 @@ class PQKLayer(TwoPhase):
         """What :func:`pqk_fast.ops.fake_quant` takes for the student's weight: weight, mask, step, bits, ste, hard."""
         frozen = self.phase == 2
         step: Tensor = self.weight_step
-        if frozen and step.requires_grad:
+        if step.requires_grad and not self._step_learns():
             step = step.detach()
         return self.weight, self.weight_mask, step, self.bits, self.config.ste, frozen or self.config.mask_gradients
 
@@ -233,8 +239,12 @@ class PQKLayer(TwoPhase):
         # Biases follow the student's loss alone.
         return self.full_weight(), None if self.bias is None else self.bias.detach()
 
+    def _is_fused(self) -> bool:
+        """Whether the stacked branch is one operation: those quantize, and know no gradient of the step size."""
+        return is_quantized(self.bits) and not self._step_learns()
+
     def _by_halves(self, x: Tensor) -> Tensor:
-        """The stacked branch where the fused operations, which quantize, are no help."""
+        """The stacked branch where the fused operations are no help."""
         if x.shape[0] % 2:
             raise ValueError(f"x must hold student rows first, then as many teacher rows; got {tuple(x.shape)}")
         halves = zip(x.chunk(2), ("student", "teacher"), strict=True)
@@ -264,7 +274,7 @@ class PQKLinear(PQKLayer, nn.Linear):
         branch = self._begin_forward()
         if branch != "stacked":
             return self._layer(x, *self._weight_and_bias(branch))
-        if not is_quantized(self.bits):
+        if not self._is_fused():
             return self._by_halves(x)
         return ops.dual_linear(x, *self._dual_arguments(), **self._dual_options())
 
@@ -281,7 +291,7 @@ class PQKConv2d(PQKLayer, nn.Conv2d):
         branch = self._begin_forward()
         if branch != "stacked":
             return self._layer(x, *self._weight_and_bias(branch))
-        if not is_quantized(self.bits):
+        if not self._is_fused():
             return self._by_halves(x)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -303,7 +313,7 @@ class PQKConv1d(PQKLayer, nn.Conv1d):
         branch = self._begin_forward()
         if branch != "stacked":
             return self._layer(x, *self._weight_and_bias(branch))
-        if not is_quantized(self.bits):
+        if not self._is_fused():
             return self._by_halves(x)
         padding: Any = self.padding if isinstance(self.padding, str) else (0, self.padding[0])
         if self.padding_mode != "zeros":

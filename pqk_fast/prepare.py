@@ -13,7 +13,7 @@ from torch import nn
 
 from pqk_fast import sharding
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
-from pqk_fast.config import STEP_LR_RULES, PQKConfig, check_choice
+from pqk_fast.config import PHASE2_STEPS, STEP_LR_RULES, PQKConfig, check_choice
 from pqk_fast.dual_batch_norm import BATCH_NORMS, DualBatchNorm, DualSyncBatchNorm
 from pqk_fast.folding import fold_batch_norm
 from pqk_fast.fusion import unfuse
@@ -148,15 +148,19 @@ def _set_fast_paths(model: nn.Module, allowed: bool) -> None:
             switch.activation_relu_or_gelu = 0
 
 
-def start_phase2(model: Model) -> Model:
+def start_phase2(model: Model, step_size: str = "frozen") -> Model:
     """Freeze masks and step sizes, start the full net's BatchNorm, and let both branches learn. In place.
 
     Make a new optimizer afterwards (``param_groups``): the full net's BatchNorm parameters learn from now on, the step
     sizes no longer. Phase, masks and steps are in the state dict: to resume, ``prepare`` and load it, nothing more.
-    With ``fully_shard`` the model stays as it is wrapped; DistributedDataParallel must be made anew. Raises ValueError
-    for an unprepared model, one already in phase 2, or masks that prune nothing.
+    With ``fully_shard`` the model stays as it is wrapped; DistributedDataParallel must be made anew.
+
+    With ``step_size="learned"`` the step sizes learn on, from the student's loss; then, to resume, load into a model on
+    which this has been called (from phase 1's state). Raises ValueError for an unprepared model, one already in phase
+    2, masks that prune nothing, or another ``step_size``.
     """
     layers = require_prepared(model)
+    check_choice("step_size", step_size, PHASE2_STEPS)
     if any(layer.phase == 2 for layer in layers.values()):
         raise ValueError("the model is in phase 2 already")
     if all(bool(layer.weight_mask.all()) for layer in layers.values()):
@@ -175,6 +179,8 @@ def start_phase2(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, DualBatchNorm):
             module.start_teacher(how)
+        if isinstance(module, PQKLayer):
+            module.phase2_step = step_size
         if isinstance(module, TwoPhase):
             module.set_phase(2)
     model.stacked_is_right = None  # type: ignore[assignment]

@@ -118,14 +118,15 @@ class Trainer:
 
     def phase2(self, train: Batches, val: Batches | None = None) -> StageResult:
         """Mutual distillation between the student and the full net (Eqs 8-12)."""
-        phase, model = self.recipe.phase2, start_phase2(self.model)
+        phase = self.recipe.phase2
+        model = start_phase2(self.model, phase.step_size)
         objective = MutualDistillation(model, phase, phase.forward).to(self.device)
         views: dict[str, Forward] = {"validation": model, "validation_f": branch(model, "teacher")}
         return self._run(Stage("phase2", phase, model, objective, views), train, val)
 
     def finetune(self, train: Batches, val: Batches | None = None) -> StageResult:
         """The baseline to phase 2: the same schedule, masks and step sizes, but the student's cross-entropy alone."""
-        start_phase2(self.model)
+        start_phase2(self.model, self.recipe.phase2.step_size)
         phase = replace(self.recipe.phase2, lr=self.recipe.finetune.lr)
         return self._run(self._plain("finetune", phase), train, val)
 
@@ -138,7 +139,7 @@ class Trainer:
         phase, co_study = self.recipe.phase2, self.recipe.distill.co_study
         if co_study and (self.ranks.world > 1 or self.options.capture):
             raise ValueError("distill.co_study, a teacher that learns for a while, is for one process, not captured")
-        model = start_phase2(self.model)
+        model = start_phase2(self.model, phase.step_size)
         teacher = copy.deepcopy(teacher).requires_grad_(co_study > 0)
         objective = SeparateTeacher(model, teacher, phase, co_study).to(self.device)
         return self._run(replace(self._plain("distill", phase), objective=objective), train, val)

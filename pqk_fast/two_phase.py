@@ -27,7 +27,8 @@ def plain_copy(source: nn.Module, kind: type[nn.Module], tensors: dict[str, Tens
     module.__dict__ = {
         name: value.copy() if isinstance(value, dict | set) else value
         for name, value in source.__dict__.items()
-        if name not in ("phase", "branch", "branch_held", "config", "bits", "ran", "fused", "fed", "recomputed")
+        if name
+        not in ("phase", "branch", "branch_held", "config", "bits", "ran", "phase2_step", "fused", "fed", "recomputed")
     }
     module._parameters, module._buffers = {}, {}
     for name, value in tensors.items():

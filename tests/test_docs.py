@@ -1,7 +1,9 @@
-"""The committed pages are what the committed records give."""
+"""The committed pages, and their pictures, are what the committed records give."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from cases import package
 
 from pqk_fast.experiments import plus
@@ -9,22 +11,23 @@ from pqk_fast.experiments.reproduce import make_page
 from pqk_fast.experiments.results import Results
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.targets import TARGETS
+from pqk_fast.pages import Page
 
 ROOT = Path(__file__).parents[1]
+PAGES: dict[str, Callable[[Results], Page]] = {
+    "results": lambda results: make_page(TARGETS, results),
+    "plus": plus.make_page,
+}
 
 
-def test_the_results_page_is_made_from_the_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_says_what_the_records_say(name: str, tmp_path: Path) -> None:
     package("matplotlib")
     results = Results(Runs(ROOT / "bench" / "results" / "reproduce"), 3, ["data.unknown=1.0"])
-    markdown, _ = make_page(TARGETS, results).write(tmp_path, "results")
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
-    assert {path.name for path in (ROOT / "docs" / "results").iterdir()} == {
-        path.name for path in (tmp_path / "results").iterdir()
-    }
+    markdown, _ = PAGES[name](results).write(tmp_path, name)
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
+    assert pictures(ROOT / "docs" / name) == pictures(tmp_path / name)
 
 
-def test_plus_says_what_the_records_say(tmp_path):
-    package("matplotlib")
-    results = Results(Runs(ROOT / "bench" / "results" / "reproduce"), 3, ["data.unknown=1.0"])
-    markdown, _ = plus.make_page(results).write(tmp_path, "plus")
-    assert (ROOT / "docs" / "plus.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
+def pictures(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}

@@ -10,10 +10,7 @@ from test_c_source import EveryOperation, make
 from torch import Tensor, nn
 
 import pqk_fast as pqk
-from pqk_fast import native
 from pqk_fast.deploy.executor import NetworkRuntime, compile_network, run_network
-
-needs_library = pytest.mark.skipif(native.library().path is None, reason="the C++ library is not used")
 
 
 def trained(model: nn.Module, density: float = 0.3) -> nn.Module:
@@ -37,7 +34,7 @@ def one_by_one(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model(sample).reshape(1, -1) for sample in x.split(1)])
 
 
-@needs_library
+@pytest.mark.native
 @pytest.mark.parametrize("name", ["res8", "res8_narrow", "resnet20", "every operation", "sum"])
 def test_it_is_the_model(name: str) -> None:
     student, example = make(name)
@@ -82,7 +79,7 @@ CONVS = [  # kernel, stride, padding, dilation
 ]
 
 
-@needs_library
+@pytest.mark.native
 @pytest.mark.parametrize("one", range(len(CONVS)))
 def test_layouts_for_several_readers(one: int) -> None:
     torch.manual_seed(0)
@@ -92,7 +89,7 @@ def test_layouts_for_several_readers(one: int) -> None:
     torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@needs_library
+@pytest.mark.native
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (3, 400)])
 def test_sizes(size) -> None:
     torch.manual_seed(0)
@@ -102,7 +99,7 @@ def test_sizes(size) -> None:
     torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@needs_library
+@pytest.mark.native
 @pytest.mark.parametrize(
     "model",
     [
@@ -123,7 +120,7 @@ def test_small_networks(model: nn.Module) -> None:
     torch.testing.assert_close(network(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@needs_library
+@pytest.mark.native
 def test_no_weight_is_left() -> None:
     model = trained(Block([CONVS[0]]), 0.0)
     network = compile_network(model, torch.zeros(1, 2, 9, 7))
@@ -131,7 +128,7 @@ def test_no_weight_is_left() -> None:
     assert torch.equal(network(x), model(x))
 
 
-@needs_library
+@pytest.mark.native
 def test_not_a_number_comes_through() -> None:
     model = trained(Block([CONVS[0]]), 1.0)
     network = compile_network(model, torch.zeros(1, 2, 9, 7))
@@ -144,7 +141,7 @@ def test_not_a_number_comes_through() -> None:
     assert torch.equal(network(x)[0], made[0]), "the next sample sees nothing of it"
 
 
-@needs_library
+@pytest.mark.native
 def test_threads_make_no_difference() -> None:
     student, example = make("res8")
     network = compile_network(pqk.convert(student).eval(), example)
@@ -169,7 +166,7 @@ def test_other_inputs_go_through_the_model() -> None:
     assert network(torch.randn(1, 2, 9, 7).double()).dtype == torch.float64
 
 
-@needs_library
+@pytest.mark.native
 def test_shapes_for_tracing() -> None:
     network = compile_network(trained(EveryOperation()), torch.zeros(1, 3, 11, 17))
     arguments = (network.steps, network.places, network.numbers)
@@ -178,7 +175,7 @@ def test_shapes_for_tracing() -> None:
     assert meta.shape == run_network(x, *arguments, network.sizes).shape
 
 
-@needs_library
+@pytest.mark.native
 @pytest.mark.parametrize("what", ["steps", "places", "sizes"])
 def test_a_program_is_refused_or_stays_within_memory(what: str) -> None:
     """Some numbers of a program changed (fuzz_packed.py tries more); what is not refused must run, which the sanitizers
@@ -206,7 +203,7 @@ def test_a_program_is_refused_or_stays_within_memory(what: str) -> None:
     assert len(refused) > 10
 
 
-@needs_library
+@pytest.mark.native
 def test_a_program_of_other_types_is_refused() -> None:
     network = compile_network(trained(Block([CONVS[0]])), torch.zeros(1, 2, 9, 7))
     x = torch.zeros(1, 2, 9, 7)

@@ -236,8 +236,8 @@ def test_the_last_of_several_overrides_holds() -> None:
         ("phase2.distil_start=1", "unknown key 'phase2.distil_start'; did you mean 'phase2.distill_start'?"),
         (
             "data.zzz=1",
-            "unknown key 'data.zzz'; known: data.batch_size, data.classes, data.name, data.silence, data.unknown, "
-            "data.validation",
+            "unknown key 'data.zzz'; known: data.batch_size, data.classes, data.name, data.silence, data.time_mask, "
+            "data.unknown, data.validation",
         ),
         ("pqk.bits=9", "bits must be an integer in 2..8, got 9"),
         ("pqk.bits=4.0", "pqk.bits must be int, got 4.0 (float)"),

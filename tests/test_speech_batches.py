@@ -132,3 +132,24 @@ def test_empty_split_and_missing_noise():
     for train, labels in (True, [2]), (False, [0]):
         with pytest.raises(ValueError, match="noise=None"):
             SpeechBatches(some_set(labels), None, train=train)
+
+
+def test_frames_are_hidden_in_training_only():
+    data = some_set([*range(12)] * 4)
+    settings = {"batch_size": 48, "seed": 5}
+    (plain, order), *_ = SpeechBatches(data, two_noises(), train=True, **settings)
+    (masked, same), *_ = SpeechBatches(data, two_noises(), train=True, time_mask=20, **settings)
+    assert torch.equal(order, same), "what is drawn besides stays"
+    hidden = (masked != plain).any(2)
+    widths = hidden.sum(1)
+    assert widths.max() <= 20
+    assert widths.float().mean() == pytest.approx(10, abs=3)
+    assert (hidden.long().diff(dim=1).abs().sum(1) <= 2).all(), "in a row"
+    means = plain.mean(1, keepdim=True).expand_as(plain)
+    torch.testing.assert_close(masked[hidden], means[hidden])
+    assert hidden.any(0).float().mean() > 0.9, "everywhere"
+    evaluation = [SpeechBatches(data, two_noises(), train=False, time_mask=n, **settings) for n in (0, 20)]
+    for (x, _), (other, _) in zip(*evaluation, strict=True):
+        assert torch.equal(x, other)
+    with pytest.raises(ValueError, match=r"time_mask in 0..101 frames, got 102"):
+        SpeechBatches(data, two_noises(), train=True, time_mask=102)

@@ -65,6 +65,7 @@ LEAVES = {
     "data": ("files", "config"),
     "record": ("files",),
     "pages": ("files",),
+    "plots": (),
     "report": ("files", "pages", "record"),
 }
 OPTIONAL = {

@@ -107,13 +107,18 @@ def load_student(run: Path, stage: str | None = None, best: bool = False) -> tup
     return model.eval(), recipe, stage
 
 
-def export(args: argparse.Namespace) -> None:
-    model, recipe, stage = load_student(args.run, args.stage, args.best)
+def metadata_of(recipe: Recipe) -> dict[str, Any]:
+    """What a packed file says of the network besides its weights."""
     metadata: dict[str, Any] = {"model": recipe.model, "classes": recipe.data.classes}
     if recipe.data.name != "cifar100" and recipe.data.classes == len(LABELS):
         metadata["labels"] = list(LABELS)
+    return metadata
+
+
+def export(args: argparse.Namespace) -> None:
+    model, recipe, stage = load_student(args.run, args.stage, args.best)
     example = torch.zeros(INPUT_SHAPES.get(recipe.data.name, SPEECH_SHAPE))
-    written = WRITERS[args.format](model, example, args.out, metadata)
+    written = WRITERS[args.format](model, example, args.out, metadata_of(recipe))
     weights = sum(layer.weight.numel() for layer in pqk_layers(model).values())
     console.print(escape(f"{written}, the student of {stage} ({recipe.model}, {weights:,} weights)"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from pqk_fast.data.load import load_splits
 from pqk_fast.deploy.sensitivity import Row, choose_bits, sensitivity
 from pqk_fast.files import replacing
 from pqk_fast.pages import Page, Table
+from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
 
 BITS = (2, 3, 4, 5, 6, 7)
 SPARSITIES = (0.9, 0.95, 0.98)
@@ -85,18 +85,14 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def picture_of(rows: Sequence[Row]) -> bytes:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = make_figure(8, 5)
     axes = figure.subplots()
-    colours = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+    plain_axes(axes, "", "bytes of the layer's weights, at the bits beside each point", "loss above the student's own")
     for i, layer in enumerate(dict.fromkeys(row.layer for row in rows[1:])):
         own = sorted((row for row in rows if row.layer == layer and row.change == "bits"), key=lambda row: row.bytes)
-        style = ("-", "--", ":")[i // len(colours) % 3]
+        colour, style = LAYER_COLOURS[i % len(LAYER_COLOURS)], ("-", "--", ":")[i // len(LAYER_COLOURS) % 3]
         losses = [row.loss - rows[0].loss for row in own]
-        axes.plot([row.bytes for row in own], losses, f"o{style}", color=colours[i % 8], markersize=4, label=layer)
+        axes.plot([row.bytes for row in own], losses, f"o{style}", color=colour, markersize=4, label=layer)
         for row, loss in zip(own, losses, strict=True):
             axes.annotate(f"{row.value:g}", (row.bytes, loss), (2, 3), textcoords="offset points", fontsize=7)
     axes.axhline(0, color="#6E6E6E", linewidth=1)
@@ -104,11 +100,5 @@ def picture_of(rows: Sequence[Row]) -> bytes:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("bytes of the layer's weights, at the bits beside each point")
-    axes.set_ylabel("loss above the student's own")
-    axes.grid(color="#D9D9D9", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, ncols=2, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,13 @@ def _fingerprint(*tensors: Tensor) -> str:
 
 
 def speech_splits(
-    data: SpeechCommands, batch_size: int, device: str | torch.device = "cpu", *, rank: int = 0, world: int = 1
+    data: SpeechCommands,
+    batch_size: int,
+    device: str | torch.device = "cpu",
+    *,
+    rank: int = 0,
+    world: int = 1,
+    time_mask: int = 0,
 ) -> Splits:
     """Splits of a speech data set that is in memory already: the part of rank ``rank`` of ``world``.
 
@@ -59,7 +66,7 @@ def speech_splits(
     """
     make = partial(SpeechBatches, noise=data.noise, batch_size=batch_size, device=device, rank=rank, world=world)
     return Splits(
-        train=lambda seed: make(data.train, train=True, seed=seed),
+        train=lambda seed: make(data.train, train=True, seed=seed, time_mask=time_mask),
         validation=make(data.validation, train=False),
         testing=make(data.testing, train=False),
         sizes={split: len(getattr(data, split)) for split in SPLITS},
@@ -96,8 +103,9 @@ def load_splits(
     Raises ConfigError without a folder, FileNotFoundError or ValueError for one that does not hold the data set.
     """
     config = recipe.data
+    options: dict[str, Any] = {"rank": rank, "world": world, "time_mask": config.time_mask}
     if config.name == "spoken_words" and root is None:
-        return speech_splits(make_words(recipe), config.batch_size, device, rank=rank, world=world)
+        return speech_splits(make_words(recipe), config.batch_size, device, **options)
     if root is None:
         raise ConfigError(f"the recipe trains on {config.name}: say where it is with --data DIR")
     if config.name == "cifar100":
@@ -120,7 +128,7 @@ def load_splits(
     speech = load_speech_commands(
         root, unknown_fraction=config.unknown, silence_fraction=config.silence, download=download
     )
-    return speech_splits(speech, config.batch_size, device, rank=rank, world=world)
+    return speech_splits(speech, config.batch_size, device, **options)
 
 
 def word_folder_batches(config: DataConfig, root: str | Path | None, device: str | torch.device = "cpu") -> Batches:

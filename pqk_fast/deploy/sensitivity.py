@@ -17,6 +17,7 @@ from pqk_fast.deploy.encodings import smallest
 from pqk_fast.deploy.integers import integers_of
 from pqk_fast.layers import PQKLayer
 from pqk_fast.step_size import initial_step
+from pqk_fast.training.metrics import evaluated
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 AS_IT_IS = "as it is"
@@ -59,27 +60,22 @@ def sensitivity(
         check_bits(number)
     for part in sparsities:
         check_sparsity(part)
-    mode = model.training
-    model.eval()
-    try:
-        loss, accuracy = _measured(model, batches)
-        yield Row("", AS_IT_IS, 0, sum(payload(name, layer) for name, layer in layers.items()), loss, accuracy)
-        for name, layer in layers.items():
-            for number in sorted(bits):
-                if number >= layer.bits:
-                    continue
-                with _changed(layer):
-                    _requantize(layer, number)
-                    yield Row(name, "bits", number, payload(name, layer), *_measured(model, batches))
-            yield Row(name, "bits", layer.bits, payload(name, layer), loss, accuracy)
-            for part in sparsities:
-                if part <= 1 - float(layer.weight_mask.float().mean()):
-                    continue
-                with _changed(layer):
-                    layer.weight_mask.copy_(ops.topk_mask([layer.weight.detach()], part)[0])
-                    yield Row(name, "sparsity", part, payload(name, layer), *_measured(model, batches))
-    finally:
-        model.train(mode)
+    loss, accuracy = _measured(model, batches)
+    yield Row("", AS_IT_IS, 0, sum(payload(name, layer) for name, layer in layers.items()), loss, accuracy)
+    for name, layer in layers.items():
+        for number in sorted(bits):
+            if number >= layer.bits:
+                continue
+            with _changed(layer):
+                _requantize(layer, number)
+                yield Row(name, "bits", number, payload(name, layer), *_measured(model, batches))
+        yield Row(name, "bits", layer.bits, payload(name, layer), loss, accuracy)
+        for part in sparsities:
+            if part <= 1 - float(layer.weight_mask.float().mean()):
+                continue
+            with _changed(layer):
+                layer.weight_mask.copy_(ops.topk_mask([layer.weight.detach()], part)[0])
+                yield Row(name, "sparsity", part, payload(name, layer), *_measured(model, batches))
 
 
 def payload(name: str, layer: PQKLayer) -> int:
@@ -136,13 +132,10 @@ def _changed(layer: PQKLayer) -> Iterator[None]:
         layer.weight_mask.copy_(mask)
 
 
-@torch.no_grad()
 def _measured(model: nn.Module, batches: Batches) -> tuple[float, float]:
     """Mean cross-entropy, and percent of samples whose largest logit is the label's."""
     loss, right, count = 0.0, 0, 0
-    device = next(model.parameters()).device
-    for x, y in batches:
-        logits, labels = model(x.to(device)), y.to(device)
+    for logits, labels in evaluated(model, batches):
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         right += int((logits.argmax(-1) == labels).sum())
         count += len(labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import lzma
 import zlib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import numpy as np
 from pqk_fast.deploy.encodings import encode, entropy_bound
 from pqk_fast.deploy.reader import ENCODINGS, Packed
 from pqk_fast.pages import Page, Table
+from pqk_fast.plots import make_figure, png
 
 
 def layers_table(packed: Packed) -> Table:
@@ -163,13 +163,9 @@ def _shown(value: Any) -> str:
 
 
 def _histograms(packed: Packed) -> bytes:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
     columns = min(4, len(packed.layers))
     rows = -(-len(packed.layers) // columns)
-    figure = Figure(figsize=(2.7 * columns, 2.1 * rows), dpi=150, layout="constrained")
+    figure = make_figure(2.7 * columns, 2.1 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     for plot in axes[len(packed.layers) :]:
         plot.set_visible(False)
@@ -181,6 +177,4 @@ def _histograms(packed: Packed) -> bytes:
         plot.set_title(f"{name}: {values.size:,} of {layer.q.size:,}", fontsize=9)
         plot.tick_params(labelsize=8)
         plot.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

@@ -52,6 +52,13 @@ TRIALS = (
     Trial("distillation one way", ("phase2.distillation=one_way",)),
     Trial("teacher at rest for the last 1500 steps", ("phase2.teacher_rest=1500",)),
     Trial("phase 2 starts at a rate of .05", ("phase2.lr=0.05",)),
+    Trial("one way, and the teacher at rest", ("phase2.distillation=one_way", "phase2.teacher_rest=1500")),
+    Trial("step sizes learn on in phase 2", ("phase2.step_size=learned",)),
+    Trial("mean of phase 2's last 1000 weights", ("phase2.average_steps=1000",)),
+    Trial("label smoothing .1", ("phase1.label_smoothing=0.1", "phase2.label_smoothing=0.1")),
+    Trial("warm-up of 500 steps", ("phase1.lr_warmup=500",)),
+    Trial("LSQ's rates of the step sizes", ("phase1.step_lr_rule=lsq", "phase1.step_lr_scale=1.0")),
+    Trial("up to 20 frames hidden (SpecAugment)", ("data.time_mask=20",)),
     Trial("weight decay 1e-4", ("phase1.weight_decay=1e-4", "phase2.weight_decay=1e-4")),
     Trial("mask at rest after 70 % of phase 1", ("pqk.mask_end=0.7",)),
     Trial(
@@ -70,15 +77,11 @@ def ablations() -> list[tuple[str, str, tuple[str, ...]]]:
 
 def plan(results: Results, cells: Sequence[str] = ()) -> list[Task]:
     """All tasks of the page, each once; with ``cells`` only rows of these titles' words."""
-    tasks: dict[str, Task] = {}
-    for task in _tasks(results, cells):
-        tasks.setdefault(task.key, task)
-    return list(tasks.values())
+    return list({task.key: task for task in _tasks(results, cells)}.values())
 
 
 def _tasks(results: Results, cells: Sequence[str]) -> Iterator[Task]:
-    rows = [*ablations(), *((trial.title, PLUS, trial.settings) for trial in TRIALS)]
-    for title, recipe, settings in rows:
+    for title, recipe, settings in [*ablations(), *_trials()]:
         if cells and not any(word in title for word in cells):
             continue
         bare = not settings

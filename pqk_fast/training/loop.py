@@ -20,6 +20,7 @@ from pqk_fast.guards import check_masks, find_problems
 from pqk_fast.masks import Pruner
 from pqk_fast.ops import NonFiniteWeightError
 from pqk_fast.schedule import learning_rate
+from pqk_fast.training.averaging import BATCHES, WeightAverage, estimate_batch_norm
 from pqk_fast.training.interrupts import Interrupted, Interrupts
 from pqk_fast.training.metrics import Forward, accuracy, first_nonfinite, layer_statistics
 from pqk_fast.training.objectives import Objective
@@ -80,6 +81,7 @@ class Loop:
         self.result = StageResult(stage.model, stage.views)
         self.losses = torch.zeros((), device=device)  # summed since the last epoch's end, this rank's
         self.epoch_start = 0
+        self.average = WeightAverage(stage.model) if stage.phase.average_steps else None
         self._check_every = 1 if device.type == "cpu" else GPU_CHECK_STEPS
         self._warned: set[tuple[str, str]] = set()
 
@@ -125,6 +127,10 @@ class Loop:
                         stage.objective.mode = "two_pass"  # each rank chose by a batch of its own
                 self._train_on(step, x, y)
                 done = step + 1
+                if self.average is not None and done > phase.steps - phase.average_steps:
+                    self.average.add()
+                    if done == phase.steps:
+                        self._take_average()
                 for callback in self.callbacks:
                     callback.on_step(stage.name, step)
                 ended = done % phase.epoch_steps == 0 or done == phase.steps
@@ -156,6 +162,12 @@ class Loop:
                 stage.pruner.check()  # a GPU is asked at the end of an epoch
         except NonFiniteWeightError as error:
             self._diverged(step, str(error), x)
+
+    def _take_average(self) -> None:
+        assert self.average is not None
+        self.average.give()
+        batches = (next(self.stream) for _ in range(BATCHES))
+        estimate_batch_norm(self.stage.objective, ((x.to(self.device), y.to(self.device)) for x, y in batches))
 
     def _end_epoch(self, step: int, x: Tensor) -> None:
         """Evaluate, keep the best, tell the callbacks."""
@@ -218,6 +230,7 @@ class Loop:
             "pruner": None if stage.pruner is None else stage.pruner.state_dict(),
             "mode": stage.objective.mode,
             "objective": stage.objective.further_state(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
         entry["streams"] = self.ranks.gather(self.stream.state_dict())
         position["ranks"] = self.ranks.gather({"losses": self.losses.cpu(), "random": random_state()})
@@ -238,6 +251,8 @@ class Loop:
             check_masks(self.stage.model, fresh=not self.stage.pruner.finished or None)
         self.stage.objective.mode = position["mode"]
         self.stage.objective.load_further_state(position.get("objective", {}))
+        if self.average is not None:
+            self.average.load_state_dict(position["average"])
         self.epoch_start = position["epoch_start"]
         own = position["ranks"][self.ranks.rank]
         self.losses.copy_(own["losses"])

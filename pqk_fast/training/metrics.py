@@ -50,7 +50,7 @@ def accuracy(model: nn.Module, batches: Batches, forward: Forward | None = None,
     percentage of all. Raises ValueError if ``batches`` is empty (on every rank).
     """
     counts = torch.zeros(2, dtype=torch.long, device=next(model.parameters()).device)  # right, wrong
-    for logits, y in _evaluated(model, batches, forward):
+    for logits, y in evaluated(model, batches, forward):
         right = (logits.argmax(-1) == y).sum()
         counts += torch.stack([right, y.numel() - right])
     right, wrong = _some(counts if ranks is None else ranks.sum(counts)).tolist()
@@ -65,12 +65,12 @@ def confusion(
     Arguments and errors as for :func:`accuracy`, which is the part on the diagonal.
     """
     counts = torch.zeros(classes * classes, dtype=torch.long, device=next(model.parameters()).device)
-    for logits, y in _evaluated(model, batches, forward):
+    for logits, y in evaluated(model, batches, forward):
         counts += torch.bincount(y * classes + logits.argmax(-1), minlength=classes * classes)
     return _some(counts if ranks is None else ranks.sum(counts)).reshape(classes, classes).cpu()
 
 
-def _evaluated(model: nn.Module, batches: Batches, forward: Forward | None) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluated(model: nn.Module, batches: Batches, forward: Forward | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of every batch, in evaluation mode, without gradients."""
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device

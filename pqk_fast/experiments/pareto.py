@@ -1,0 +1,207 @@
+"""Accuracy against bytes: students of many bits and sparsities, all from one trained dense network of each model.
+
+``pqk-fast pareto``. The choice is made on validation; testing is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pqk_fast.experiments.results import Sample
+from pqk_fast.experiments.runner import Runs
+from pqk_fast.experiments.tasks import Task, tasks_of
+from pqk_fast.pages import Page, Table
+from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
+from pqk_fast.recipe_files import load_recipe
+
+BASE = "kws-res8-narrow-plus-w4-p90"
+MARKERS = "os^Dv*P"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A kind of student: ``bytes`` is its packed file's, of the first seed; ``validation`` its accuracy (percent) by
+    seed after the last step."""
+
+    model: str
+    bits: int
+    sparsity: float
+    bytes: int
+    validation: dict[int, float]
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.validation)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.bits} bits, {100 * self.sparsity:g} % sparse"
+
+
+def settings_of(model: str, bits: int, sparsity: float, steps: int, seed: int) -> list[str]:
+    """What makes the base recipe a point's: phase 1 alone, short, from the dense network; the last part of it without
+    new masks."""
+    return [
+        f"model={model}",
+        f"pqk.bits={bits}",
+        f"pqk.sparsity={sparsity}",
+        "pqk.mask_end=0.6",
+        f"phase1.steps={steps}",
+        "phase1_start=vanilla",
+        "stages=['vanilla', 'phase1']",
+        f"seed={seed}",
+    ]
+
+
+def plan(
+    models: Sequence[str],
+    bits: Sequence[int],
+    sparsities: Sequence[float],
+    steps: int,
+    dense_steps: int,
+    seeds: int,
+    settings: Sequence[str] = (),
+) -> list[Task]:
+    """A task for every point and seed; the dense networks, trained for ``dense_steps``, are their parents.
+
+    ``settings`` (``KEY=VALUE``) come last.
+    """
+    tasks = []
+    for model in models:
+        for seed in range(seeds):
+            for number in bits:
+                for part in sparsities:
+                    own = settings_of(model, number, part, steps, seed)
+                    recipe = load_recipe(BASE, [*own, *settings])
+                    dense = replace(recipe.phase1, steps=dense_steps)
+                    tasks.append(tasks_of(replace(recipe, vanilla=dense))["phase1"])
+    return tasks
+
+
+def points_of(runs: Runs, tasks: Iterable[Task], size_of: Callable[[Task], int]) -> Iterator[Point]:
+    """The points of which at least one task is trained."""
+    found: dict[tuple[str, int, float], dict[int, Task]] = {}
+    for task in tasks:
+        if runs.record(task) is not None:
+            kind = (task.recipe.model, task.recipe.pqk.bits, task.recipe.pqk.sparsity)
+            found.setdefault(kind, {})[task.recipe.seed] = task
+    for kind, by_seed in found.items():
+        records = {seed: runs.record(task) or {} for seed, task in by_seed.items()}
+        accuracy = {seed: record["results"]["phase1_p"]["last"]["validation"] for seed, record in records.items()}
+        yield Point(*kind, size_of(by_seed[min(by_seed)]), accuracy)
+
+
+def dense_of(runs: Runs, tasks: Iterable[Task]) -> dict[str, Sample]:
+    """The dense networks' accuracy by model."""
+    found: dict[str, dict[int, float]] = {}
+    for task in tasks:
+        for parent in task.parents:
+            record = runs.record(parent)
+            if record is not None:
+                value = record["results"]["vanilla"]["last"]["validation"]
+                found.setdefault(task.recipe.model, {})[task.recipe.seed] = value
+    return {model: Sample(values) for model, values in found.items()}
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats: none of as few bytes is as accurate. By bytes."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.bytes, -point.sample.mean)):
+        if not best or point.sample.mean > best[-1].sample.mean:
+            best.append(point)
+    return best
+
+
+def best_within(points: Iterable[Point], budget: int) -> Point:
+    """The most accurate whose file has at most ``budget`` bytes. ValueError if none has."""
+    ways = front(points)
+    within = [point for point in ways if point.bytes <= budget]
+    if not within:
+        least = f"the smallest has {ways[0].bytes:,}" if ways else "none is trained yet"
+        raise ValueError(f"no student's file has at most {budget:,} bytes: {least}; try fewer bits or more sparsity")
+    return within[-1]
+
+
+def as_json(points: Sequence[Point], dense: dict[str, Sample], about: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **about,
+        "dense": {model: sample.values for model, sample in dense.items()},
+        "points": [asdict(point) for point in points],
+    }
+
+
+def from_json(record: dict[str, Any]) -> tuple[list[Point], dict[str, Sample]]:
+    points = [Point(**{**one, "validation": _by_seed(one["validation"])}) for one in record["points"]]
+    return points, {model: Sample(_by_seed(values)) for model, values in record["dense"].items()}
+
+
+def _by_seed(values: dict[str, float]) -> dict[int, float]:
+    return {int(seed): value for seed, value in values.items()}
+
+
+def make_page(record: dict[str, Any]) -> Page:
+    """Of the record that :func:`as_json` makes."""
+    points, dense = from_json(record)
+    page = Page("What fits into how many bytes")
+    page.text(
+        "Accuracy on validation (%) of students of many bits and sparsities, against the bytes of their packed files "
+        f"(all of it: BatchNorm, biases and names too). Each is trained for {record['steps']:,} steps from one dense "
+        "network of its model and seed. Means over seeds ± their standard deviation; testing was not looked at."
+    )
+    page.code(record["command"])
+    try:
+        page.picture("pareto", picture(points, dense), "The line joins those that no smaller or equal file beats.")
+    except ImportError as error:
+        page.text(f"No picture: {error}.")
+    page.heading("Worth training")
+    page.text("Students that none with as few bytes beats; the first row with room in your budget's last line is it.")
+    page.table(table_of("By bytes", front(points)))
+    page.heading("All of them")
+    page.table(table_of("By model, bits and sparsity", points))
+    page.items([f"{model}, dense, 32 bits: {sample.text()} ({len(sample)} seeds)." for model, sample in dense.items()])
+    return page
+
+
+def table_of(title: str, points: Iterable[Point]) -> Table:
+    table = Table(title, ("model", "bits", "sparsity", "bytes", "validation", "seeds"))
+    for point in points:
+        cells = [point.model, str(point.bits), f"{100 * point.sparsity:g} %", f"{point.bytes:,}"]
+        table.rows.append([*cells, point.sample.text(), str(len(point.sample))])
+    return table
+
+
+def picture(points: Sequence[Point], dense: dict[str, Sample]) -> bytes:
+    """A colour for the bits, a marker for the model, the sparsity beside each point."""
+    figure = make_figure(8.4, 5.6)
+    axes = figure.subplots()
+    models = list(dict.fromkeys(point.model for point in points))
+    numbers = sorted({point.bits for point in points})
+    for i, model in enumerate(models):
+        for number in numbers:
+            own = [point for point in points if (point.model, point.bits) == (model, number)]
+            if not own:
+                continue
+            axes.plot(
+                [point.bytes for point in own],
+                [point.sample.mean for point in own],
+                MARKERS[i % len(MARKERS)],
+                color=LAYER_COLOURS[number % len(LAYER_COLOURS)],
+                markersize=7,
+                label=f"{model}, {number} bits",
+            )
+    for point in points:
+        place = (point.bytes, point.sample.mean)
+        axes.annotate(f"{100 * point.sparsity:g}", place, (5, -8), textcoords="offset points", fontsize=8)
+    ways = front(points)
+    axes.plot([p.bytes for p in ways], [p.sample.mean for p in ways], color="#6E6E6E", linewidth=1.2, zorder=0)
+    for i, (model, sample) in enumerate(dense.items()):
+        axes.axhline(sample.mean, color="#6E6E6E", linewidth=1, linestyle=(":", "--")[i % 2], label=f"{model}, dense")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    axes.tick_params(axis="x", which="both", labelsize=9, rotation=30)
+    plain_axes(axes, "", "bytes of the packed file, logarithmic; beside each point its sparsity in %", "validation (%)")
+    axes.legend(fontsize=9, ncols=2, frameon=False, loc="lower right")
+    return png(figure)

@@ -1,0 +1,98 @@
+"""Accuracy against bytes: which tasks, which students are worth training, the page, and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cases import package
+from test_cli import speech  # noqa: F401
+from test_reproduce import write
+
+from pqk_fast import cli
+from pqk_fast.experiments import pareto
+from pqk_fast.experiments.pareto import Point
+from pqk_fast.experiments.runner import Runs
+
+TINY = ["phase1.epoch_steps=2", "data.batch_size=8", "pqk.mask_interval=1"]
+
+
+def point(size: int, *accuracies: float, bits: int = 4) -> Point:
+    return Point("res8_narrow", bits, 0.9, size, dict(enumerate(accuracies)))
+
+
+def test_students_start_from_one_dense_network_of_a_model_and_seed() -> None:
+    tasks = pareto.plan(["res8_narrow", "res8"], [2, 4], [0.5, 0.9], 300, 900, 2, ["data.unknown=1.0"])
+    assert len({task.key for task in tasks}) == 2 * 2 * 2 * 2
+    assert {(task.stage, task.steps) for task in tasks} == {("phase1", 300)}
+    dense = {parent.key: parent for task in tasks for parent in task.parents}
+    assert {(task.stage, task.recipe.model, task.recipe.seed, task.steps) for task in dense.values()} == {
+        ("vanilla", model, seed, 900) for model in ("res8_narrow", "res8") for seed in (0, 1)
+    }
+    assert all(parent.recipe.vanilla.lr_schedule == "cosine" for parent in dense.values())
+    assert all(task.recipe.data.unknown == 1.0 for task in tasks)
+
+
+def test_the_front_is_what_none_with_as_few_bytes_beats() -> None:
+    small, better, worse, same, best = (
+        point(100, 70, 72),
+        point(200, 80),
+        point(300, 75),
+        point(300, 80),
+        point(300, 85),
+    )
+    assert pareto.front([best, same, worse, better, small]) == [small, better, best]
+    assert pareto.best_within([best, worse, small], 299) == small
+    assert pareto.best_within([best, worse, small], 300) == best
+    with pytest.raises(ValueError, match="at most 99 bytes: the smallest has 100"):
+        pareto.best_within([best, small], 99)
+    with pytest.raises(ValueError, match="none is trained yet"):
+        pareto.best_within([], 99)
+
+
+def test_the_page_tells_what_records_say(tmp_path: Path) -> None:
+    package("matplotlib")
+    runs = Runs(tmp_path / "records")
+    tasks = pareto.plan(["res8_narrow"], [2, 4], [0.5, 0.9], 300, 900, 2)
+    for task in tasks:
+        recipe = task.recipe
+        for one in (*task.parents, task):
+            write(runs, one, 10, 91.0 if one in task.parents else 70 + 4 * recipe.pqk.bits + recipe.seed)
+    untrained = pareto.plan(["res8"], [2], [0.5], 300, 900, 1)
+    points = list(pareto.points_of(runs, [*tasks, *untrained], lambda task: int(1000 * (1 - task.recipe.pqk.sparsity))))
+    assert [(one.bits, one.bytes, one.sample.text()) for one in points] == [
+        (2, 500, "78.5 ± 0.7"), (2, 99, "78.5 ± 0.7"), (4, 500, "86.5 ± 0.7"), (4, 99, "86.5 ± 0.7")
+    ]  # fmt: skip
+    about = {"steps": 300, "command": "pqk-fast pareto --data DIR"}
+    record = json.loads(json.dumps(pareto.as_json(points, pareto.dense_of(runs, tasks), about)))
+    assert pareto.from_json(record)[0] == points
+    markdown, page = pareto.make_page(record).write(tmp_path, "pareto")
+    text = markdown.read_text(encoding="utf-8")
+    worth = text[text.index("## Worth training") : text.index("## All of them")]
+    assert worth.count("| res8_narrow |") == 1
+    assert "| res8_narrow | 4 | 90 % | 99 | 86.5 ± 0.7 | 2 |" in worth
+    assert "res8_narrow, dense, 32 bits: 91.0 ± 0.0 (2 seeds)." in text
+    assert (tmp_path / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "<img" in page.read_text(encoding="utf-8")
+
+
+def test_the_command_trains_what_is_missing(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    command = ["pareto", "--models", "res8_narrow", "--bits", "2", "4", "--sparsities", "0.9", "--steps", "4"]
+    command += ["--dense-steps", "2", "--out", str(out), *(word for one in TINY for word in ("--set", one))]
+    assert cli.main(command) != 0
+    assert "has none of these 2 students yet: give --data" in capsys.readouterr().err
+    assert cli.main([*command, "--data", str(speech), "--device", "cpu", "--jobs", "1", "--bytes", "5000"]) == 0
+    said = capsys.readouterr().out
+    assert "for 5,000 bytes: res8_narrow, " in said
+    record = json.loads((out / "pareto.json").read_text())
+    assert [(one["bits"], one["sparsity"]) for one in record["points"]] == [(2, 0.9), (4, 0.9)]
+    assert 0 < record["points"][0]["bytes"] < record["points"][1]["bytes"] < 5000
+    assert len(list(out.glob("*-vanilla-*.json"))) == 1
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*-s0-*.json")}
+    assert cli.main(command) == 0  # without the data it reads
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*-s0-*.json")} == before
+    capsys.readouterr()
+    assert cli.main([*command, "--sparsities", "0.9", "0.95"]) == 0
+    assert "2 of 4 are not trained yet" in capsys.readouterr().out
+    assert cli.main([*command, "--bytes", "10"]) != 0
+    assert "no student's file has at most 10 bytes" in capsys.readouterr().err
