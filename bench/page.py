@@ -12,6 +12,7 @@ from figures import Figure, Record, Row, candidates, cases, figure, is_ours, tal
 
 from pqk_fast.pages import Page
 
+PART = " by a quarter"  # in the name of the case that checks how well a part stands for the whole
 DOC = (
     "A time is the median of turns that all candidates of a case take in one process, in brackets its quartiles; a "
     "turn is as many calls as take 10 ms (5 on a GPU), after one that is not timed. So a machine that is busy for a "
@@ -207,7 +208,7 @@ def _scaling(rows: Mapping[str, Row], record: Record, page: Page) -> None:
         return {case.removeprefix(prefix).removeprefix(", ").strip(): row for case, row in found.items()}
 
     page.heading("Scaling")
-    parts = {case: part for case, row in rows.items() for part in _parts(row) if "layers" not in case}
+    parts = {case: part for case, row in rows.items() for part in _parts(row) if PART not in case}
     page.text(
         f"Time against the number of weights, 20 k to 1 G ({_settings(record)}): the operations on one tensor, and "
         "phase 1's step of eight square linear layers with 64 rows. "
@@ -221,13 +222,13 @@ def _scaling(rows: Mapping[str, Row], record: Record, page: Page) -> None:
     )
     titles = {"fake-quant": "Fake-quantization", "top-k": "Top-k masks", "phase 1": "A phase-1 step"}
     for prefix, title in titles.items():
-        sized = {case: row for case, row in under(prefix).items() if "layers" not in case}
+        sized = {case: row for case, row in under(prefix).items() if PART not in case}
         if sized:
             page.table(tables.cases_table(f"{title}, ms", sized, first="weights", roof=prefix != "phase 1"))
             caption = f"{title} against the number of weights; bars are quartiles."
             _curves(page, f"scaling-{prefix.replace(' ', '-')}", sized, title, caption)
-    if checks := {case: row for case, row in rows.items() if "layers" in case}:
-        page.text("How well a part stands for the whole: the same step whole, and by two of its eight layers.")
+    if checks := {case: row for case, row in rows.items() if PART in case}:
+        page.text("How well a part stands for the whole: the same step whole, and by a quarter of its weights.")
         page.table(tables.cases_table("", checks))
     if batches := under("batch"):
         named = {case.partition(",")[0]: row for case, row in batches.items()}

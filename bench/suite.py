@@ -125,6 +125,10 @@ def commit() -> str | None:
         return None
 
 
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def start_record(path: Path, quick: bool, keep: bool) -> dict[str, Any]:
     """A new record; ``keep``: with the records of benchmarks that the one at ``path`` has.
 
@@ -134,7 +138,7 @@ def start_record(path: Path, quick: bool, keep: bool) -> dict[str, Any]:
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "quick": quick,
         "commit": commit(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -201,7 +205,7 @@ def one_benchmark(benchmark: Benchmark, quick: bool) -> tuple[dict[str, Any], di
         done = subprocess.run(benchmark.command(out, quick), cwd=ROOT, env=child_environment(), check=False)
         stage = {"status": done.returncode, "seconds": round(time.perf_counter() - start, 1)}
         if out.exists():
-            return stage, json.loads(out.read_text(encoding="utf-8"))
+            return stage, {"created": now(), **json.loads(out.read_text(encoding="utf-8"))}
     name = benchmark.script.removesuffix(".py")
     return stage, {"benchmark": name, "error": f"ended with status {done.returncode} and left no record"}
 

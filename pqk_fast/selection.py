@@ -33,9 +33,9 @@ def _check_selectable(weights: Sequence[Tensor]) -> None:
     if not weights:
         raise ValueError("expected at least one weight tensor to select from, got an empty list")
     for index, weight in enumerate(weights):
-        if not weight.is_floating_point():
-            raise TypeError(f"weights[{index}] must be floating point, got {weight.dtype}")
         if weight.dtype not in WEIGHT_DTYPES:
+            if not weight.is_floating_point():
+                raise TypeError(f"weights[{index}] must be floating point, got {weight.dtype}")
             raise TypeError(f"weights[{index}] must be fp32, bf16 or fp16, got {weight.dtype}; use weight.float()")
 
 
@@ -47,7 +47,7 @@ def _check_masks(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"masks[{index}] must be bool of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
-        if any(size > 1 and stride == 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)):
+        if not mask.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(mask.shape, mask.stride(), strict=True)):
             raise ValueError(
                 f"masks[{index}] has several elements in one place (expand): it cannot be written; use mask.clone()"
             )
