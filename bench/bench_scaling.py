@@ -127,6 +127,17 @@ def declare(report: Report) -> None:
     device, small = report.device, report.options.shrink > 1
     compile_ = "torch.compile" not in report.options.without
     sizes = {name: report.size(numel, 512) for name, numel in SIZES.items()}
+    # in processes of their own, while this one is small
+    kinds = ["plain", "phase 1, ours", "phase 1, naive", "phase 2, ours", "phase 2, naive"]
+    peak = partial(memory_row, device=device, threads=report.options.threads, kinds=kinds[: 3 if small else None])
+    for name in ("res8_narrow", "res8", "resnet20")[: 1 if small else None]:
+        batch = report.size(MODELS[name][1], 2)
+        weights = sum(p.numel() for p in create_model(name, MODELS[name][0]).parameters())
+        report.elsewhere(f"memory, {name}", weights, partial(peak, name, batch, weights))
+    for name in MEMORY_SIZES[: 1 if small else None]:
+        width = width_of(sizes[name])
+        weights = DEPTH * width**2
+        report.elsewhere(f"memory, {name}", weights, partial(peak, str(width), BATCH, weights))
     for name, numel in sizes.items():
         report.case(f"fake-quant, {name}", numel, 18 * numel, partial(fake_quant, numel, device))
         report.case(f"top-k, {name}", numel, 5 * numel, partial(top_k, numel, device, report.cases_of))
@@ -140,16 +151,6 @@ def declare(report: Report) -> None:
     if device == "cpu":
         batch, rounds = report.size(BATCH, 2), 3 if small else 25
         report.elsewhere("ranks, res8_narrow", narrow, partial(two_ranks.row, "res8_narrow", batch, rounds))
-    kinds = ["plain", "phase 1, ours", "phase 1, naive", "phase 2, ours", "phase 2, naive"]
-    peak = partial(memory_row, device=device, threads=report.options.threads, kinds=kinds[: 3 if small else None])
-    for name in ("res8_narrow", "res8", "resnet20")[: 1 if small else None]:
-        batch = report.size(MODELS[name][1], 2)
-        weights = sum(p.numel() for p in create_model(name, MODELS[name][0]).parameters())
-        report.elsewhere(f"memory, {name}", weights, partial(peak, name, batch, weights))
-    for name in MEMORY_SIZES[: 1 if small else None]:
-        width = width_of(sizes[name])
-        weights = DEPTH * width**2
-        report.elsewhere(f"memory, {name}", weights, partial(peak, str(width), BATCH, weights))
 
 
 def main() -> int:

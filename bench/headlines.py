@@ -37,7 +37,8 @@ def line(what: str, row: Row) -> str:
     found = {name: value for name, cell in candidates(row).items() if (value := figures.figure(cell))}
     same = {name: value for name, value in found.items() if not row[name].get("unchecked")}
     own = best({name: value for name, value in found.items() if figures.is_ours(name, row)})
-    ours, way = found[own], own.removeprefix("pqk_fast")
+    own = own if found[OURS].above(found[own]) else OURS  # another way of ours where it pays
+    ours, way = found[own], own.removeprefix(OURS)
 
     def shown(name: str, label: str = "") -> str:
         if name not in found:

@@ -398,13 +398,6 @@ def test_a_page_without_matplotlib(bench: Callable, monkeypatch: pytest.MonkeyPa
     assert "No picture: pictures need matplotlib" in markdown.read_text(encoding="utf-8")
 
 
-def test_the_committed_page_is_made_from_the_committed_record(bench: Callable, tmp_path: Path) -> None:
-    package("matplotlib")
-    record = bench("figures").read(ROOT / "bench" / "results" / "bench.json")
-    markdown, _ = bench("page").make_page(record).write(tmp_path, "benchmarks")
-    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
-
-
 # --- sizes, memory, ranks
 
 

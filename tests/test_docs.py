@@ -29,5 +29,16 @@ def test_a_page_says_what_the_records_say(name: str, tmp_path: Path) -> None:
     assert pictures(ROOT / "docs" / name) == pictures(tmp_path / name)
 
 
+def test_the_benchmarks_page_and_the_readme_say_what_the_record_says(bench: Callable, tmp_path: Path) -> None:
+    package("matplotlib")
+    record = bench("figures").read(ROOT / "bench" / "results" / "bench.json")
+    markdown, _ = bench("page").make_page(record).write(tmp_path, "benchmarks")
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
+    assert pictures(ROOT / "docs" / "benchmarks") == pictures(tmp_path / "benchmarks")
+    readme, headlines = (ROOT / "README.md").read_text(encoding="utf-8"), bench("headlines")
+    assert headlines.table(record) in readme
+    assert headlines.latency(record) in readme
+
+
 def pictures(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
