@@ -63,7 +63,7 @@ def test_there_is_a_recipe_for_each_cell_of_the_tables() -> None:
     assert {path.stem for path in RECIPES.glob("*.toml")} == {*recipe_names(), "_kws", "_cifar100"}
 
 
-PLUS = ("kws-res8-narrow-plus-w4-p90",)
+PLUS = ("kws-res8-narrow-plus-w4-p90", "kws-res8-plus-w4-p90", "cifar100-resnet32-plus-w4-p90")
 
 
 @pytest.mark.parametrize("name", PLUS)
