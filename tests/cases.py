@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +33,29 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Tests that call Triton's launchers themselves do so on the GPU, or interpreted where there is none.
 KERNEL_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 on_kernel_device = pytest.mark.gpu if KERNEL_DEVICE.type == "cuda" else pytest.mark.interpreter
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let torch, and the C++ library with it, compute on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+every_isa = pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+
+
+def run_with(isa: str, program: str) -> None:
+    """Run a program, which may import tests, with the C++ library's code for that instruction set (or less, where the
+    machine has less)."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PQK_FAST_ISA": isa, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @dataclass(frozen=True)

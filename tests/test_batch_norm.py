@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import normal_like
+from cases import normal_like, on_threads
 from torch import Tensor, nn
 
 from pqk_fast import DualBatchNorm, dispatch
@@ -48,13 +48,8 @@ def run(function: Callable[..., Tensor], x: Tensor, affine: bool, dtype: torch.d
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_errs_no_more_than_torch(shape: tuple[int, ...], affine: bool, threads: int) -> None:
     x = activations(shape)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with Names() as calls:
-            ours = run(batch_norm, x, affine, torch.float32)
-    finally:
-        torch.set_num_threads(before)
+    with on_threads(threads), Names() as calls:
+        ours = run(batch_norm, x, affine, torch.float32)
     assert {"pqk_fast::batch_norm", "pqk_fast::batch_norm_backward"} <= set(calls.names)
     torchs = run(F.batch_norm, x, affine, torch.float32)
     truth = run(F.batch_norm, x, affine, torch.float64)
@@ -73,12 +68,11 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    x, before = activations((64, 45, 25, 13)), torch.get_num_threads()
+    x = activations((64, 45, 25, 13))
     results = []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(run(batch_norm, x, True, torch.float32))
-    torch.set_num_threads(before)
+        with on_threads(threads):
+            results.append(run(batch_norm, x, True, torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -14,6 +14,7 @@ from cases import (
     Case,
     assert_within,
     normal_like,
+    on_threads,
     quantizer_inputs,
     same_bits,
     step_gradient_magnitude,
@@ -56,10 +57,8 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with on_threads(request.param):
+        yield request.param
 
 
 @pytest.mark.usefixtures("threads")
@@ -105,13 +104,10 @@ class TestAnyLayer:
 def test_the_number_of_threads_changes_no_bit_of_the_step_gradient() -> None:
     weight, mask, step = quantizer_inputs(Case((7, 100_003), step="[C]"))
     grad = normal_like(weight)
-    before = torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        made = dispatch.fake_quant_backward(grad, weight, mask, step, 4, True, True, True, True)
-        results.append(made)
-    torch.set_num_threads(before)
+        with on_threads(count):
+            results.append(dispatch.fake_quant_backward(grad, weight, mask, step, 4, True, True, True, True))
     assert all(torch.equal(a, b) for made in results[1:] for a, b in zip(made, results[0], strict=True))
 
 

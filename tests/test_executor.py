@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import every_isa, on_threads, run_with
 from test_c_source import EveryOperation, make
 from torch import Tensor, nn
 
@@ -146,14 +147,27 @@ def test_threads_make_no_difference() -> None:
     student, example = make("res8")
     network = compile_network(pqk.convert(student).eval(), example)
     x = inputs(network)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with on_threads(1):
         alone = network(x)
-        torch.set_num_threads(4)
+    with on_threads(4):
         assert torch.equal(network(x), alone)
-    finally:
-        torch.set_num_threads(before)
+
+
+@pytest.mark.native
+@every_isa
+def test_every_instruction_set(isa: str) -> None:
+    run_with(
+        isa,
+        "import pqk_fast as pqk, test_executor as t, torch\n"
+        "for name in ('res8_narrow', 'resnet20', 'every operation'):\n"
+        "    student, example = t.make(name)\n"
+        "    model = t.trained(pqk.convert(student))\n"
+        "    network = t.compile_network(model, example)\n"
+        "    x = t.inputs(network)\n"
+        "    expected = t.one_by_one(model, x)\n"
+        "    scale = float(expected.abs().max())\n"
+        "    torch.testing.assert_close(network(x).flatten(1), expected, rtol=1e-5, atol=1e-6 * scale)\n",
+    )
 
 
 def test_other_inputs_go_through_the_model() -> None:

@@ -2,11 +2,7 @@
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    Case,
-    quantizer_inputs,
-)
+from cases import CASES, Case, on_threads, quantizer_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,9 +84,7 @@ def test_padding_bits_do_not_count() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_large_and_odd_sizes(threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         for bits in range(2, 9):
             q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (1_000_003,), dtype=torch.int8)
             packed = ops.pack_ints(q, bits)
@@ -98,8 +92,6 @@ def test_large_and_odd_sizes(threads: int) -> None:
             assert torch.equal(ops.unpack_ints(packed, q.numel(), bits), q)
         mask = torch.rand(1_000_003) < 0.1
         assert torch.equal(ops.unpack_bits(ops.pack_bits(mask), mask.numel()), mask)
-    finally:
-        torch.set_num_threads(before)
 
 
 @given(st.lists(st.booleans(), max_size=70))

@@ -1,20 +1,16 @@
 """ReLU and average pooling in one operation: torch's bits, and its gradient's."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import normal_like
+from cases import every_isa, normal_like, on_threads, run_with
 from test_batch_norm import Names
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pqk_fast import dispatch, pooling
+from pqk_fast import dispatch
 from pqk_fast.pooling import relu_avg_pool2d
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -73,32 +69,25 @@ def assert_same(ours: Tensor, torchs: Tensor) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("shape", "kernel"), CASES, ids=str)
 def test_torchs_bits(shape: tuple[int, ...], kernel: Kernel, threads: int) -> None:
-    x, before = activations(shape), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with Names() as calls:
-            ours = run(relu_avg_pool2d, x, kernel)
-    finally:
-        torch.set_num_threads(before)
+    x = activations(shape)
+    with on_threads(threads), Names() as calls:
+        ours = run(relu_avg_pool2d, x, kernel)
     assert {"pqk_fast::relu_avg_pool2d", "pqk_fast::relu_avg_pool2d_backward"} <= set(calls.names)
     for one, other in zip(ours, run(eager, x, kernel), strict=True):
         assert_same(one, other)
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@every_isa
 def test_every_instruction_set_has_torchs_bits(isa: str) -> None:
-    program = (
+    run_with(
+        isa,
         "import test_pooling as t\n"
         "for shape, kernel in t.CASES:\n"
         "    x = t.activations(shape)\n"
         "    for pair in zip(t.run(t.relu_avg_pool2d, x, kernel), t.run(t.eager, x, kernel)):\n"
-        "        t.assert_same(*pair)\n"
+        "        t.assert_same(*pair)\n",
     )
-    folders = [str(Path(__file__).parent), str(Path(pooling.__file__).parent.parent)]
-    environment = {**os.environ, "PQK_FAST_ISA": isa, "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
 
 
 FEW_CHANNELS = [((3, channels, 9, 8), (4, 3)) for channels in (2, 3)]

@@ -1,14 +1,12 @@
 """The packed runtime: the sparse convolution against its definition and torch's, and whole students."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import every_isa, on_threads, run_with
 from small_run import net
 from test_packed import INPUTS, MAKES, student
 from torch import nn
@@ -106,29 +104,23 @@ def test_relu_keeps_nan() -> None:
 def test_threads_and_memory_that_was_never_written_change_nothing(poisoned_memory: None) -> None:
     _, made = conv(CASES[1][0])
     x = torch.randn(2, 1, 101, 40)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with on_threads(1):
         alone = made(x)
-        torch.set_num_threads(3)
+    with on_threads(3):
         assert torch.equal(made(x), alone)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@every_isa
 def test_every_instruction_set(isa: str) -> None:
-    code = (
+    run_with(
+        isa,
         "import torch, test_runtime as t\n"
         "for case, size in t.CASES:\n"
         "    plain, made = t.conv(case)\n"
         "    x = torch.randn(2, case[1], *size)\n"
-        "    torch.testing.assert_close(made(x), plain(x), rtol=1e-5, atol=1e-6)\n"
+        "    torch.testing.assert_close(made(x), plain(x), rtol=1e-5, atol=1e-6)\n",
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PQK_FAST_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.native
