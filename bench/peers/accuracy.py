@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from candidates import CANDIDATES, OURS
-from compare import parsed, parser_of, write
+from options import parsed, parser_of, write
 from remote import Remote, WorkerError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console

@@ -16,14 +16,13 @@ written anew after each case; the exit status is 1 if ours failed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from candidates import CANDIDATES, OURS, chosen
+from candidates import CANDIDATES, OURS
 from install import installed
+from options import parsed, parser_of, write
 from remote import Remote, RemoteTimer, WorkerError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -31,7 +30,6 @@ from rich.markup import escape
 from rich.table import Table
 from timing import Run, take_turns
 
-from pqk_fast.files import replacing
 from pqk_fast.record import environment
 
 FAKE_QUANT = ("res8-narrow layer", "1 M", "16 M")
@@ -124,11 +122,6 @@ class Comparison:
             worker.close()
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    with replacing(path, "w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-
-
 def table_of(record: dict[str, Any]) -> Table:
     table = Table("case", "candidate", "median", "quartiles", "to ours", box=SIMPLE_HEAD)
     for name, about in record["candidates"].items():
@@ -148,25 +141,6 @@ def shown(cell: dict[str, Any]) -> tuple[str, str]:
         low, high = cell["quartiles_ms"]
         return f"{cell['median_ms']} ms", f"{low} .. {high}"
     return f"{cell.get('peak_bytes', cell.get('bytes')):,} bytes", ""
-
-
-def parser_of(doc: str | None, out: str) -> argparse.ArgumentParser:
-    """What both comparisons can be told."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(CANDIDATES)}")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--patience", type=float, default=1800, help="seconds that one answer may take")
-    parser.add_argument("--out", type=Path, default=Path(out))
-    return parser
-
-
-def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the candidates that they choose."""
-    options = parser.parse_args(arguments)
-    try:
-        return options, chosen(options.peers, CANDIDATES)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def compare(arguments: list[str]) -> int:
