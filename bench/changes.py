@@ -2,7 +2,9 @@
 
 A candidate of ours that is in both records has regressed if its median in B is above that in A by more than 5 % and by
 more than the distance between the quartiles in A and in B, each; or if it had a figure in A and has an error in B. What
-is measured once (memory, files) has no quartiles: there 5 % count alone.
+is measured once (memory, files) has no quartiles: there 5 % count alone. Of times the same must hold once they are
+divided by what became of the case's other candidates, which a slower machine slows alike (at most by a fifth: nothing
+that doubles is put down to the machine).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from figures import Figure, candidates, cases, figure, is_ours, other_change
 
 from pqk_fast.pages import Table
 
-LEAST = 0.05
+LEAST, DRIFT = 0.05, 0.2
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,26 @@ class Change:
     def ratio(self) -> float:
         return self.after.median / self.before.median if self.after and self.before.median else float("inf")
 
-    def beyond(self, one: Figure, two: Figure) -> bool:
+    @staticmethod
+    def beyond(one: Figure, two: Figure) -> bool:
         """Whether ``two`` is above ``one`` beyond the spread."""
         rise = two.median - one.median
         return rise > LEAST * one.median and rise > one.spread and rise > two.spread
+
+    def on_the_same_machine(self, after: Figure) -> Figure:
+        """B's time as if the others had taken what they took in A."""
+        slower = self.others if self.others and after.unit in ("ms", "minutes") else 1.0
+        slower = min(max(slower, 1 - DRIFT), 1 + DRIFT)
+        return Figure(after.median / slower, after.low / slower, after.high / slower, after.unit)
 
     @property
     def verdict(self) -> str:
         if self.after is None:
             return "REGRESSED: no figure"
-        if self.beyond(self.before, self.after):
+        both = (self.after, self.on_the_same_machine(self.after))
+        if all(self.beyond(self.before, after) for after in both):
             return "REGRESSED"
-        return "improved" if self.beyond(self.after, self.before) else "as before"
+        return "improved" if all(self.beyond(after, self.before) for after in both) else "as before"
 
     @property
     def regressed(self) -> bool:

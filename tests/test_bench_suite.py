@@ -84,6 +84,16 @@ def test_only_ours_are_compared(bench: Callable) -> None:
     ) == ["REGRESSED"]
 
 
+@pytest.mark.parametrize(
+    ("ours", "other", "verdict"),
+    [(1.10, 1.0, "REGRESSED"), (1.10, 1.06, "as before"), (1.10, 0.9, "REGRESSED"), (1.3, 1.3, "REGRESSED"),
+     (0.9, 1.0, "improved"), (0.9, 0.95, "improved"), (0.9, 0.9, "as before")],
+)  # fmt: skip
+def test_a_slower_machine_is_no_regression(bench: Callable, ours: float, other: float, verdict: str) -> None:
+    before, after = ({"pqk_fast": cell(a), "eager": cell(b)} for a, b in ((1, 1), (ours, other)))
+    assert verdicts(bench, before, after) == [verdict]
+
+
 def test_records_that_do_not_compare_are_refused(bench: Callable) -> None:
     compare, row = bench("changes").compare, {"case": {"pqk_fast": cell(1)}}
     with pytest.raises(ValueError, match="shrink is None in A and 8 in B"):
