@@ -14,17 +14,18 @@ from pqk_fast.experiments.targets import TARGETS
 from pqk_fast.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES: dict[str, Callable[[Results], Page]] = {
-    "results": lambda results: make_page(TARGETS, results),
-    "plus": plus.make_page,
+PAGES: dict[str, tuple[int, Callable[[Results], Page]]] = {  # with the number of seeds
+    "results": (3, lambda results: make_page(TARGETS, results)),
+    "plus": (5, plus.make_page),
 }
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_says_what_the_records_say(name: str, tmp_path: Path) -> None:
     package("matplotlib")
-    results = Results(Runs(ROOT / "bench" / "results" / "reproduce"), 3, ["data.unknown=1.0"])
-    markdown, _ = PAGES[name](results).write(tmp_path, name)
+    seeds, made = PAGES[name]
+    results = Results(Runs(ROOT / "bench" / "results" / "reproduce"), seeds, ["data.unknown=1.0"])
+    markdown, _ = made(results).write(tmp_path, name)
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
     assert pictures(ROOT / "docs" / name) == pictures(tmp_path / name)
 

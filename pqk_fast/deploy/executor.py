@@ -17,6 +17,7 @@ from pqk_fast.deploy.graph import read_graph
 from pqk_fast.deploy.layouts import Deal, Layouts, shape_made, shape_read
 from pqk_fast.deploy.memory_plan import make_plan, place
 from pqk_fast.deploy.operations import INPUT, Add, Affine, Conv, Mean, Op, Pool, Rearrange, Relu, with_fused_relu
+from pqk_fast.deploy.taps import as_places, in_dealt_planes, taps_of
 
 PLACES = {"input": 0, "output": 1, "block": 2, "plane": 3}
 KINDS: dict[type[Op], int] = {Deal: 0, Conv: 1, Affine: 2, Relu: 3, Add: 4, Pool: 5, Mean: 6, Rearrange: 7}
@@ -158,21 +159,13 @@ class _Writer:
         return self._taps(op) if isinstance(op, Conv) else []
 
     def _taps(self, op: Conv) -> list[int]:
-        weight = op.weight.numpy()
-        output, channel, y, x = np.nonzero(weight)
-        first = np.concatenate([[0], np.cumsum(np.bincount(output, minlength=len(weight)))])
-        channel = channel + output // (len(weight) // op.groups) * weight.shape[1]
-        y, x = y * op.dilation[0], x * op.dilation[1]
+        taps = taps_of(op.weight.numpy(), op.groups, op.dilation)
         layout = self.layouts.of(op.inputs[0], op.rows_columns)
         if self.layouts.is_dealt(op.inputs[0]):
-            phase = y % op.stride[0] * op.stride[1] + x % op.stride[1]
-            rows = phase * layout.rows + y // op.stride[0]
-            offset = channel * layout.stride + rows * layout.pitch + x // op.stride[1]
+            offsets = in_dealt_planes(taps, op.stride, layout.stride, layout.rows, layout.pitch)
         else:
-            offset = channel * layout.stride + (y - op.padding[0]) * layout.pitch + x - op.padding[1]
-        if np.abs(offset).max(initial=0) >= 1 << 31:
-            raise ValueError(f"{op.module}: its input of {op.rows_columns} is too large for 32-bit places")
-        places = self._add("places", first.astype(np.int32))
-        taps = self._add("places", offset.astype(np.int32))
-        values = self._add("numbers", weight[weight != 0].astype(np.float32))
-        return [*self._positions(op), places, taps, values, int(op.relu)]
+            rows, columns = taps.y - op.padding[0], taps.x - op.padding[1]
+            offsets = taps.channel * layout.stride + rows * layout.pitch + columns
+        first = self._add("places", taps.first)
+        places = self._add("places", as_places(offsets, f"{op.module}: its input of {op.rows_columns}"))
+        return [*self._positions(op), first, places, self._add("numbers", taps.value), int(op.relu)]

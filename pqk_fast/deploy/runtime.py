@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pqk_fast import dispatch
 from pqk_fast.deploy.packed import fill
 from pqk_fast.deploy.reader import Packed, PackedLayer, read_packed
+from pqk_fast.deploy.taps import as_places, in_dealt_planes, taps_of
 
 SPARSE_BELOW = 0.5  # part of nonzero weights, where nothing was measured
 
@@ -43,15 +44,13 @@ class _PackedConv(nn.Module):
         weight = torch.from_numpy(layer.weight()).reshape(self._four(layer.q.shape))
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
-        rows = weight.reshape(len(weight), -1)
-        counts = (rows != 0).sum(1)
-        first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        self.register_buffer("first", first.int(), persistent=False)
-        self.register_buffer("value", rows[rows != 0], persistent=False)
+        self.taps = taps_of(weight.numpy(), groups, dilation)
+        self.register_buffer("first", torch.from_numpy(self.taps.first), persistent=False)
+        self.register_buffer("value", torch.from_numpy(self.taps.value), persistent=False)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
         self.geometry = [*reach, *stride, *padding]
-        self.density = float(counts.sum()) / max(weight.numel(), 1)
+        self.density = self.value.numel() / max(weight.numel(), 1)
         self.sparse = self.density < SPARSE_BELOW
         self.relu = False
         self._offsets: dict[tuple[int, int], Tensor] = {}
@@ -67,15 +66,8 @@ class _PackedConv(nn.Module):
         if key not in self._offsets:
             (stride_h, stride_w), (pad_h, pad_w) = self.stride, self.padding
             rows, pitch = -(-(height + 2 * pad_h) // stride_h), -(-(width + 2 * pad_w) // stride_w)
-            outputs, inputs = self.weight.shape[:2]
-            output, channel, y, x = torch.nonzero(self.weight, as_tuple=True)
-            channel = channel + output // max(outputs // self.groups, 1) * inputs
-            y, x = y * self.dilation[0], x * self.dilation[1]
-            phase = (channel * stride_h + y % stride_h) * stride_w + x % stride_w
-            places = (phase * rows + y // stride_h) * pitch + x // stride_w
-            if places.numel() and int(places.max()) >= 1 << 31:
-                raise ValueError(f"an input of {height} x {width} is too large for 32-bit places: use a smaller one")
-            self._offsets[key] = places.int()
+            offsets = in_dealt_planes(self.taps, self.stride, stride_h * stride_w * rows * pitch, rows, pitch)
+            self._offsets[key] = torch.from_numpy(as_places(offsets, f"an input of {height} x {width}"))
         return self._offsets[key]
 
     def _takes(self, x: Tensor) -> bool:
