@@ -70,3 +70,9 @@ def accuracy(record: Mapping[str, Any], page: Page) -> None:
         means = [f"{statistics.mean(values):.1f}" for values in (last, best)]
         table.rows.append([name, order, ", ".join(f"{value:.1f}" for value in last), *means, "; ".join(sizes)])
     page.table(table)
+    seeds = [[run["last"]["testing"] for run in runs if "last" in run] for runs in found.values()]
+    if spread := max((max(values) - min(values) for values in seeds if len(values) > 1), default=0.0):
+        page.text(
+            f"Seeds of one candidate differ by up to {spread:.1f} points: differences between candidates that are no "
+            "larger, of one seed or a few, rank nobody."
+        )
