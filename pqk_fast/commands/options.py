@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from pqk_fast.training.steps import PRECISIONS
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 Commands = Any  # what add_subparsers gives
+MOST_JOBS = 8  # trainings at a time unless told otherwise: each takes a gigabyte
 
 
 def command(commands: Commands, function: Callable[[argparse.Namespace], int | None], name: str, text: str) -> Any:
@@ -27,6 +29,15 @@ def command(commands: Commands, function: Callable[[argparse.Namespace], int | N
 def add_device(sub: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     sub.add_argument("--device", type=_device, default=default, help="where to compute (default: %(default)s)")
+
+
+def add_jobs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--jobs", type=count, metavar="N", help="trainings at a time (default: one a core, 1 on a GPU)")
+
+
+def jobs_of(args: argparse.Namespace) -> int:
+    jobs: int = args.jobs or (min(os.cpu_count() or 1, MOST_JOBS) if args.device == "cpu" else 1)
+    return jobs
 
 
 def add_settings(sub: argparse.ArgumentParser) -> None:

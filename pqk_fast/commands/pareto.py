@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,11 +13,13 @@ from pqk_fast.commands.deploy import load_student, metadata_of
 from pqk_fast.commands.options import (
     Commands,
     add_device,
+    add_jobs,
     add_settings,
     add_step_options,
     command,
     console,
     count,
+    jobs_of,
     step_options,
 )
 from pqk_fast.deploy.packed import save_packed
@@ -42,7 +43,7 @@ def add(commands: Commands) -> None:
         "--dense-steps", type=count, default=9022, metavar="N", help="of the networks they start from (%(default)s)"
     )
     sub.add_argument("--seeds", type=count, default=1, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
-    sub.add_argument("--jobs", type=count, metavar="N", help="trainings at a time (default: one a core, 1 on a GPU)")
+    add_jobs(sub)
     sub.add_argument(
         "--out", type=Path, default=Path("runs/pareto"), metavar="DIR", help="runs, pareto.json (default: %(default)s)"
     )
@@ -57,7 +58,7 @@ def run_pareto(args: argparse.Namespace) -> None:
     tasks = pareto.plan(args.models, args.bits, args.sparsities, args.steps, args.dense_steps, args.seeds, args.set)
     runs = Runs(args.out, args.data, args.device, **step_options(args))
     if args.data is not None:
-        runs.train_all(tasks, args.jobs or (os.cpu_count() or 1 if args.device == "cpu" else 1), console)
+        runs.train_all(tasks, jobs_of(args), console)
     path = args.out / "pareto.json"
     sizes = {task.folder: _bytes(args.out / task.folder) for task in tasks if runs.record(task) is not None}
     points = list(pareto.points_of(runs, tasks, lambda task: sizes[task.folder]))
@@ -73,7 +74,7 @@ def run_pareto(args: argparse.Namespace) -> None:
     if args.bytes:
         best = pareto.best_within(points, args.bytes)
         console.print(f"for {args.bytes:,} bytes: {best.name}: {best.sample.text()} % in {best.bytes:,} bytes")
-    paths = pareto.make_page(json.loads(json.dumps(record))).write(args.page or args.out, "pareto")
+    paths = pareto.make_page(record).write(args.page or args.out, "pareto")
     console.print(escape(f"written: {', '.join(map(str, [path, *paths]))}"))
 
 

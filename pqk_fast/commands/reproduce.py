@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from rich import box
@@ -13,11 +12,13 @@ from rich.table import Table
 from pqk_fast.commands.options import (
     Commands,
     add_device,
+    add_jobs,
     add_settings,
     add_step_options,
     command,
     console,
     count,
+    jobs_of,
     step_options,
 )
 from pqk_fast.config import ConfigError
@@ -25,8 +26,6 @@ from pqk_fast.experiments import plus
 from pqk_fast.experiments.reproduce import TARGETS, make_page, plan, train_missing
 from pqk_fast.experiments.results import Results
 from pqk_fast.experiments.runner import Runs
-
-MOST_JOBS = 8  # trainings at a time unless told otherwise: each takes a gigabyte
 
 
 def add(commands: Commands) -> None:
@@ -42,7 +41,7 @@ def add(commands: Commands) -> None:
         "--cells", nargs="+", default=[], metavar="RECIPE", help="train these recipes only (plus: rows with a word)"
     )
     sub.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
-    sub.add_argument("--jobs", type=count, metavar="N", help="trainings at a time (default: one a core, 1 on a GPU)")
+    add_jobs(sub)
     sub.add_argument(
         "--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="records (default: %(default)s)"
     )
@@ -66,7 +65,6 @@ def reproduce(args: argparse.Namespace) -> None:
         console.print(table)
         return
     folders = {"speech_commands": args.data, "cifar100": args.cifar}
-    jobs = args.jobs or (min(os.cpu_count() or 1, MOST_JOBS) if args.device == "cpu" else 1)
-    train_missing(tasks, args.out, folders, jobs, console, args.device, **step_options(args))
+    train_missing(tasks, args.out, folders, jobs_of(args), console, args.device, **step_options(args))
     page, name = (make_page(targets, results), "results") if targets else (plus.make_page(results), "plus")
     console.print(escape(f"written: {', '.join(str(path) for path in page.write(args.page or args.out, name))}"))

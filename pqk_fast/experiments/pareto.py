@@ -156,7 +156,7 @@ def make_page(record: dict[str, Any]) -> Page:
     except ImportError as error:
         page.text(f"No picture: {error}.")
     page.heading("Worth training")
-    page.text("Students that none with as few bytes beats; the first row with room in your budget's last line is it.")
+    page.text("Students that none with as few bytes beats: take the last row whose bytes you have.")
     page.table(table_of("By bytes", front(points)))
     page.heading("All of them")
     page.table(table_of("By model, bits and sparsity", points))
