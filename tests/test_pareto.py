@@ -87,12 +87,17 @@ def test_the_command_trains_what_is_missing(speech: Path, tmp_path: Path, capsys
     record = json.loads((out / "pareto.json").read_text())
     assert [(one["bits"], one["sparsity"]) for one in record["points"]] == [(2, 0.9), (4, 0.9)]
     assert 0 < record["points"][0]["bytes"] < record["points"][1]["bytes"] < 5000
-    assert len(list(out.glob("*-vanilla-*.json"))) == 1
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*-s0-*.json")}
+    trained = out / "runs"
+    assert len(list(trained.glob("*-vanilla-*.json"))) == 1
+    before = {path: path.stat().st_mtime_ns for path in trained.glob("*.json")}
     assert cli.main(command) == 0  # without the data it reads
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*-s0-*.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in trained.glob("*.json")} == before
     capsys.readouterr()
     assert cli.main([*command, "--sparsities", "0.9", "0.95"]) == 0
     assert "2 of 4 are not trained yet" in capsys.readouterr().out
+    more = [*command, "--bits", "4", "--sparsities", "0.9", "0.95", "--data", str(speech), "--jobs", "1"]
+    assert cli.main([*more, "--device", "cpu"]) == 0
+    assert set(before) < set(trained.glob("*.json"))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert cli.main([*command, "--bytes", "10"]) != 0
     assert "no student's file has at most 10 bytes" in capsys.readouterr().err

@@ -56,11 +56,11 @@ def add(commands: Commands) -> None:
 
 def run_pareto(args: argparse.Namespace) -> None:
     tasks = pareto.plan(args.models, args.bits, args.sparsities, args.steps, args.dense_steps, args.seeds, args.set)
-    runs = Runs(args.out, args.data, args.device, **step_options(args))
+    runs = Runs(args.out / "runs", args.data, args.device, **step_options(args))
     if args.data is not None:
         runs.train_all(tasks, jobs_of(args), console)
     path = args.out / "pareto.json"
-    sizes = {task.folder: _bytes(args.out / task.folder) for task in tasks if runs.record(task) is not None}
+    sizes = {task.folder: _bytes(runs.out / task.folder) for task in tasks if runs.record(task) is not None}
     points = list(pareto.points_of(runs, tasks, lambda task: sizes[task.folder]))
     if not points:
         raise ValueError(f"{args.out} has none of these {len(tasks)} students yet: give --data to train them")
