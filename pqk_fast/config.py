@@ -226,8 +226,9 @@ class Phase2Config(PhaseConfig):
     """Phase 2: cross-entropy alone for ``distill_start`` steps (s), then ``alpha`` CE + ``beta`` T^2 KL (Eqs 9, 10).
 
     With ``distillation`` "one_way" the full net learns from the labels alone, with "mutual" from the student too. In
-    the last ``teacher_rest`` steps it has no loss any more: the student learns from a teacher that holds still, but for
-    what the weights that both share do. ``step_size`` "learned" lets S learn on from the student's loss.
+    the last ``teacher_rest`` steps the teacher is a frozen copy of the full net, which learns no more and is not moved
+    by what the student learns: of the mean of its weights in the ``teacher_average`` steps before that, if any. (The
+    one in the model is of no use then.) ``step_size`` "learned" lets S learn on from the student's loss.
     """
 
     steps: int = 3123
@@ -238,6 +239,7 @@ class Phase2Config(PhaseConfig):
     temperature: float = 2.0
     distillation: str = "mutual"
     teacher_rest: int = 0
+    teacher_average: int = 0
     step_size: str = "frozen"
     forward: str = "auto"
 
@@ -251,10 +253,10 @@ class Phase2Config(PhaseConfig):
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         check_choice("distillation", self.distillation, ("mutual", "one_way"))
         check_choice("step_size", self.step_size, PHASE2_STEPS)
-        require(
-            0 <= self.teacher_rest <= self.steps,
-            f"teacher_rest must be a number of phase 2's {self.steps} steps, got {self.teacher_rest}",
-        )
+        rest, average, steps = self.teacher_rest, self.teacher_average, self.steps
+        require(0 <= rest <= steps, f"teacher_rest must be 0 to phase 2's {steps} steps, got {rest}")
+        before = steps - rest if rest else 0
+        require(0 <= average <= before, f"teacher_average must be 0 to {before}, the steps before rest, got {average}")
         check_choice("forward", self.forward, ("auto", "two_pass", "stacked"))
 
 

@@ -80,4 +80,8 @@ class MutualDistillationLoss(DistillationLoss):
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         of_teacher = self._loss(teacher, student, target, self.teacher_alpha, self.teacher_beta)
-        return super().forward(student, teacher, target) + of_teacher
+        return self.of_student(student, teacher, target) + of_teacher
+
+    def of_student(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """``L^S`` alone (Eq. 9)."""
+        return super().forward(student, teacher, target)

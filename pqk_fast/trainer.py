@@ -177,7 +177,8 @@ class Trainer:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
-    def _step(self, stage: Stage) -> Step:
+    def _step(self, stage: Stage, before: Step | None = None) -> Step:
+        """What trains the stage's model; it goes on with the optimizer of the step ``before``."""
         kind = Step
         if self.options.capture:
             reason = why_not_captured(self.device, stage.pruner, self.ranks.world)
@@ -185,16 +186,20 @@ class Trainer:
                 kind = CapturedStep
             else:
                 warnings.warn(f"steps of {stage.name} are not captured: {reason}", stacklevel=4)
-        if stage.name in ("finetune", "distill"):
+        if not stage.objective.runs_full_net:
             for module in stage.model.modules():
                 if isinstance(module, DualBatchNorm):
-                    module.freeze_teacher()  # the full net does not run, and ranks would wait for its gradient
+                    module.freeze_teacher()
         objective: Any = stage.objective
         if self.options.compile:
             torch.compiler.reset()  # all objectives of a kind share one limit of compilations
             objective = torch.compile(objective, fullgraph=True, dynamic=False)
         objective = self.ranks.wrap(objective)
-        return kind(objective, self._optimizer(stage), stage.pruner, self.options.precision, self.device)
+        optimizer = self._optimizer(stage) if before is None else before.optimizer
+        step = kind(objective, optimizer, stage.pruner, self.options.precision, self.device)
+        if before is not None:
+            step.scaler = before.scaler
+        return step
 
     def _run(self, stage: Stage, train: Batches, val: Batches | None) -> StageResult:
         # The next stage goes on in the pass over the data in which this one ends.

@@ -229,7 +229,7 @@ def test_the_schedule_is_the_recipes(peers: Import) -> None:
     assert (whole.phase1.steps, whole.phase2.steps, whole.seed) == (9022, 3123, 1)
     assert (trial.phase1.steps, trial.phase2.steps) == (902, 312)
     assert trial.phase1.lr_drops == (300, 600)
-    assert trial.phase2.distill_start == 150
+    assert (trial.phase2.distill_start, trial.phase2.teacher_rest, trial.phase2.teacher_average) == (150, 162, 75)
 
 
 class Split:

@@ -81,3 +81,28 @@ def test_settings_that_are_new_since_a_checkpoint_have_their_defaults(tmp_path):
     save_checkpoint(path, content)
     with pytest.raises(ConfigError, match=r"unknown key 'pqk.novelty'"):
         Trainer(net(), recipe(), out=tmp_path, resume=True)
+
+
+def test_masks_take_a_bit_each_and_come_back(tmp_path):
+    masks = {
+        "a": torch.rand(3, 5) < 0.5,
+        "b": torch.ones(1000, dtype=torch.bool),
+        "c": torch.zeros(0, dtype=torch.bool),
+    }
+    save_checkpoint(tmp_path / "c.pt", {"stages": {"x": {"state": masks}}, "position": [masks["a"], 1]})
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    torch.testing.assert_close(loaded["stages"]["x"]["state"], masks, rtol=0, atol=0)
+    assert torch.equal(loaded["position"][0], masks["a"])
+    stored = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert stored["stages"]["x"]["state"]["b"]["packed bits"].numel() == 125
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"weights": torch.arange(1000.0)})
+    content = bytearray(path.read_bytes())
+    place = content.find(torch.arange(500.0, 510.0).numpy().tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="torn or not a checkpoint"):
+        load_checkpoint(path)

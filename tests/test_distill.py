@@ -11,7 +11,6 @@ import pytest
 import torch
 from ranks import on_ranks
 from small_run import batches, net, recipe
-from test_packed import student as pruned_student
 from torch import nn
 
 from pqk_fast import PQKConfig, cli, param_groups, reference
@@ -399,27 +398,3 @@ def test_eval_of_a_run_with_a_distill_stage(tmp_path, monkeypatch, capsys):
             shown = [cell.strip() for cell in row.split("│")[2:4]]
             assert shown == [f"{result[moment][split]:.1f}" for moment in ("last", "best_dev")], name
     assert {"distill", "phase2_f"} <= set(record["results"])
-
-
-def test_what_the_full_net_learns_from_and_until_when():
-    """One way it has the labels alone, at rest nothing; its BatchNorm and pruned weights show it."""
-    x, y = batches(0)[0]
-
-    def gradients(step, **settings):
-        """Of weights that only the full net has, and of the student's, by size."""
-        torch.manual_seed(0)
-        model = pruned_student(net(), sparsity=0.5)
-        phase = Phase2Config(steps=10, distill_start=2, lr_drops=(), **settings)
-        objective = MutualDistillation(model, phase, "two_pass")
-        objective.set_step(step)
-        objective(x, y).backward()
-        layers = pqk_layers(model).values()
-        own = sum(float(layer.weight.grad[~layer.weight_mask].abs().sum()) for layer in layers)
-        return own, sum(float(layer.weight.grad[layer.weight_mask].abs().sum()) for layer in layers)
-
-    one_way, rest = {"distillation": "one_way"}, {"teacher_rest": 3}
-    assert gradients(1, **one_way) == gradients(1), "cross-entropy alone"
-    assert gradients(5, **one_way)[1] == gradients(5)[1]
-    assert gradients(5, **one_way)[0] == gradients(1)[0] != gradients(5)[0]
-    assert gradients(6, **rest) == gradients(6)
-    assert gradients(7, **rest) == (0.0, gradients(7)[1])

@@ -1,12 +1,13 @@
 """The committed pages, and their pictures, are what the committed records give."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cases import package
 
-from pqk_fast.experiments import plus
+from pqk_fast.experiments import pareto, plus
 from pqk_fast.experiments.reproduce import make_page
 from pqk_fast.experiments.results import Results
 from pqk_fast.experiments.runner import Runs
@@ -24,21 +25,39 @@ PAGES: dict[str, tuple[int, Callable[[Results], Page]]] = {  # with the number o
 def test_a_page_says_what_the_records_say(name: str, tmp_path: Path) -> None:
     package("matplotlib")
     seeds, made = PAGES[name]
-    results = Results(Runs(ROOT / "bench" / "results" / "reproduce"), seeds, ["data.unknown=1.0"])
-    markdown, _ = made(results).write(tmp_path, name)
-    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
-    assert pictures(ROOT / "docs" / name) == pictures(tmp_path / name)
+    is_committed(made(results_of(seeds)), name, tmp_path)
+
+
+def test_the_pareto_page_says_what_its_record_says(tmp_path: Path) -> None:
+    package("matplotlib")
+    record = json.loads((ROOT / "bench" / "results" / "pareto.json").read_text(encoding="utf-8"))
+    is_committed(pareto.make_page(record), "pareto", tmp_path)
+
+
+def test_the_readme_says_what_plus_reaches() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for result, name in {"phase1_p": "phase1-P", "phase2_p": "phase2-P", "finetune": "finetuning"}.items():
+        found = [results_of(5).sample(plus.PLUS, result, split=split).text() for split in ("validation", "testing")]
+        assert f"{name} {' / '.join(found)}" in readme
 
 
 def test_the_benchmarks_page_and_the_readme_say_what_the_record_says(bench: Callable, tmp_path: Path) -> None:
     package("matplotlib")
     record = bench("figures").read(ROOT / "bench" / "results" / "bench.json")
-    markdown, _ = bench("page").make_page(record).write(tmp_path, "benchmarks")
-    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
-    assert pictures(ROOT / "docs" / "benchmarks") == pictures(tmp_path / "benchmarks")
+    is_committed(bench("page").make_page(record), "benchmarks", tmp_path)
     readme, headlines = (ROOT / "README.md").read_text(encoding="utf-8"), bench("headlines")
     assert headlines.table(record) in readme
     assert headlines.latency(record) in readme
+
+
+def results_of(seeds: int) -> Results:
+    return Results(Runs(ROOT / "bench" / "results" / "reproduce"), seeds, ["data.unknown=1.0"])
+
+
+def is_committed(page: Page, name: str, tmp_path: Path) -> None:
+    markdown, _ = page.write(tmp_path, name)
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == markdown.read_text(encoding="utf-8")
+    assert pictures(ROOT / "docs" / name) == pictures(tmp_path / name)
 
 
 def pictures(folder: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """Accuracy against bytes: which tasks, which students are worth training, the page, and the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ TINY = ["phase1.epoch_steps=2", "data.batch_size=8", "pqk.mask_interval=1"]
 
 
 def point(size: int, *accuracies: float, bits: int = 4) -> Point:
-    return Point("res8_narrow", bits, 0.9, size, dict(enumerate(accuracies)))
+    return Point("res8_narrow", bits, 0.9, False, size, dict(enumerate(accuracies)))
 
 
 def test_students_start_from_one_dense_network_of_a_model_and_seed() -> None:
@@ -47,6 +48,29 @@ def test_the_front_is_what_none_with_as_few_bytes_beats() -> None:
         pareto.best_within([best, small], 99)
     with pytest.raises(ValueError, match="none is trained yet"):
         pareto.best_within([], 99)
+
+
+def test_mixed_bits_are_chosen_on_the_student_of_most_bits() -> None:
+    tasks = pareto.plan(["res8_narrow"], [2, 8, 4], [0.5, 0.9], 300, 900, 2)
+    pairs = list(pareto.with_most_bits(tasks))
+    assert len(pairs) == 2 * 2 * 2
+    for task, source in pairs:
+        assert task.recipe.pqk.bits in (2, 4)
+        assert source.recipe == replace(task.recipe, pqk=replace(task.recipe.pqk, bits=8))
+    mixed = pareto.with_layer_bits(pairs[0][0], {"conv1": 8})
+    assert mixed.recipe.pqk.layer_bits == {"conv1": 8}
+    assert mixed.key != pairs[0][0].key
+    assert mixed.parents == pairs[0][0].parents
+
+
+def test_mixed_bits_against_uniform_ones(tmp_path: Path) -> None:
+    points = [point(100, 70, 72, bits=2), point(200, 80, 80), Point("res8_narrow", 2, 0.9, True, 99, {0: 75, 1: 76})]
+    assert points[2].name == "res8_narrow, mixed, as 2 bits, 90 % sparse"
+    record = pareto.as_json(points, {}, {"steps": 300, "command": "pqk-fast pareto"})
+    page, _ = pareto.make_page(json.loads(json.dumps(record))).write(tmp_path, "pareto")
+    text = page.read_text(encoding="utf-8")
+    row = "| res8_narrow | 90 % | 2 | 71.0 ± 1.4 | 100 | 75.5 ± 0.7 | 99 | +4.5 ± 0.7 | 2 |"
+    assert row in text[text.index("Bits chosen for each layer") :]
 
 
 def test_the_page_tells_what_records_say(tmp_path: Path) -> None:
@@ -99,5 +123,16 @@ def test_the_command_trains_what_is_missing(speech: Path, tmp_path: Path, capsys
     assert cli.main([*more, "--device", "cpu"]) == 0
     assert set(before) < set(trained.glob("*.json"))
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    capsys.readouterr()
+    assert cli.main([*command, "--mixed"]) != 0
+    assert "has no sensitivity of [2, 4] bits yet: give --data" in capsys.readouterr().err
+    mixed = [*command, "--bits", "2", "3", "4", "--mixed"]
+    assert cli.main([*mixed, "--data", str(speech), "--device", "cpu", "--jobs", "1"]) == 0
+    assert cli.main(mixed) == 0
+    both = json.loads((out / "pareto.json").read_text())["points"]
+    assert [(one["bits"], one["mixed"]) for one in both] == [
+        (2, False), (3, False), (4, False), (3, True)
+    ]  # fmt: skip
+    assert both[3]["bytes"] < both[2]["bytes"]
     assert cli.main([*command, "--bytes", "10"]) != 0
     assert "no student's file has at most 10 bytes" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_the_page_tells_what_records_say(results, tmp_path):
     for task in plus.plan(results, ["plus"]):
         figure = {"phase1": 80, "finetune": 82, "phase2": 85}.get(task.stage, 90) + 2 * task.recipe.seed
         write(results.runs, task, figure + 1, figure)
-    (trial,) = (trial for trial in plus.TRIALS if trial.title == "distillation one way")
+    (trial,) = (trial for trial in plus.TRIALS if trial.title == "temperature 4")
     for task in results.tasks(plus.PLUS, ["phase2"], *trial.settings):
         write(results.runs, task, 10, 88 + task.recipe.seed)
     markdown, page = plus.make_page(results).write(tmp_path, "plus")
@@ -63,7 +63,11 @@ def test_the_page_tells_what_records_say(results, tmp_path):
     assert (
         "+3.0 ± 0.0 points on testing (n = 2, same seeds): **beats it by more than the spread**, in every seed." in text
     )
-    assert "| distillation one way | 81.0 ± 1.4 | 88.5 ± 0.7 | 88.5 ± 0.7 | +2.5 ± 0.7 | 2 |" in text
+    assert "| temperature 4 | plus | 81.0 ± 1.4 | 83.0 ± 1.4 | 88.5 ± 0.7 | +2.5 ± 0.7 | 2 |" in text
+    teachers = text[text.index("## What the teacher gives") :]
+    assert "| plus | +3.0 ± 0.0 | 2 |" in teachers
+    assert "| plus, alpha .8, beta .2 | - | 0 |" in teachers
+    assert "Not trained yet: distillation one way; " in text
     assert text.count("![") == 1
     assert "plus" in page.read_text()
 

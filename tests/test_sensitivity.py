@@ -16,7 +16,7 @@ from test_packed import student
 
 from pqk_fast import cli
 from pqk_fast.branches import pqk_layers
-from pqk_fast.deploy.sensitivity import Row, choose_bits, payload, sensitivity
+from pqk_fast.deploy.sensitivity import Row, choose_bits, least_bytes, payload, sensitivity
 from pqk_fast.step_size import initial_step
 
 
@@ -96,6 +96,7 @@ def test_the_bits_that_are_chosen_are_the_best_that_fit() -> None:
     options = [[row for row in rows if row.layer == layer and row.change == "bits"] for layer in "abcd"]
     every = list(itertools.product(*options))
     least = min(sum(row.bytes for row in chosen) for chosen in every)
+    assert least_bytes(rows) == least
     for budget in range(least, 260, 7):
         fitting = [chosen for chosen in every if sum(row.bytes for row in chosen) <= budget]
         best = min(sum(row.loss for row in chosen) for chosen in fitting)

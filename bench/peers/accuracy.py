@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,13 @@ from training import ORDERS, OWN, RECIPE, RESULTS, recipe_of
 
 from pqk_fast.config import Recipe, recipe_from_dict
 from pqk_fast.data.load import load_splits
+from pqk_fast.experiments.tasks import finetuning
 from pqk_fast.record import environment, read_record
 
 
 def matter(recipe: Recipe, order: str) -> dict[str, Any]:
     """What two recipes have to share for the same second stage: finetuning does not distil."""
-    second = replace(recipe.phase2, distill_start=0) if order == "finetune" else recipe.phase2
+    second = finetuning(recipe.phase2) if order == "finetune" else recipe.phase2
     shared = {key: getattr(recipe, key) for key in ("model", "seed", "data", "pqk", "phase1", "phase1_start")}
     return {**shared, "phase2": second, "finetune": recipe.finetune}
 

@@ -34,6 +34,7 @@ RECIPE = "kws-res8-narrow-plus-w4-p90"
 ORDERS = ("after", "with")
 OWN = {"phase 2": "phase2", "finetune": "finetune"}  # PQK's second stages
 RESULTS = {"phase 2": "phase2_p", "finetune": "finetune"}
+COUNTS = ("lr_warmup", "average_steps", "distill_start", "teacher_rest", "teacher_average")  # settings that are steps
 Tell = Callable[[str], None]
 
 
@@ -43,8 +44,8 @@ def shortened(phase: PhaseConfig, share: float) -> PhaseConfig:
         return phase
     steps = max(1, round(phase.steps * share))
     drops = tuple(round(drop * share) for drop in phase.lr_drops)
-    more = {"distill_start": round(phase.distill_start * share)} if hasattr(phase, "distill_start") else {}
-    return replace(phase, steps=steps, epoch_steps=max(10, round(phase.epoch_steps * share)), lr_drops=drops, **more)
+    counts = {name: round(getattr(phase, name) * share) for name in COUNTS if hasattr(phase, name)}
+    return replace(phase, steps=steps, epoch_steps=max(10, round(phase.epoch_steps * share)), lr_drops=drops, **counts)
 
 
 def recipe_of(name: str, steps: int, seed: int) -> Recipe:

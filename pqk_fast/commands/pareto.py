@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.markup import escape
+from rich.progress import track
 
+from pqk_fast.branches import pqk_layers
 from pqk_fast.commands.deploy import load_student, metadata_of
 from pqk_fast.commands.options import (
     Commands,
@@ -23,8 +26,10 @@ from pqk_fast.commands.options import (
     step_options,
 )
 from pqk_fast.deploy.packed import save_packed
+from pqk_fast.deploy.sensitivity import Row, choose_bits, least_bytes, payload, sensitivity
 from pqk_fast.experiments import pareto
 from pqk_fast.experiments.runner import Runs
+from pqk_fast.experiments.tasks import Task
 from pqk_fast.files import replacing
 from pqk_fast.record import environment
 
@@ -43,6 +48,11 @@ def add(commands: Commands) -> None:
         "--dense-steps", type=count, default=9022, metavar="N", help="of the networks they start from (%(default)s)"
     )
     sub.add_argument("--seeds", type=count, default=1, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    sub.add_argument(
+        "--mixed",
+        action="store_true",
+        help="also students of as many bytes with bits for each layer, by the sensitivity of those of most bits",
+    )
     add_jobs(sub)
     sub.add_argument(
         "--out", type=Path, default=Path("runs/pareto"), metavar="DIR", help="runs, pareto.json (default: %(default)s)"
@@ -59,6 +69,11 @@ def run_pareto(args: argparse.Namespace) -> None:
     runs = Runs(args.out / "runs", args.data, args.device, **step_options(args))
     if args.data is not None:
         runs.train_all(tasks, jobs_of(args), console)
+    if args.mixed:
+        mixed = _mixed(runs, tasks, args)
+        if args.data is not None:
+            runs.train_all(mixed, jobs_of(args), console)
+        tasks += mixed
     path = args.out / "pareto.json"
     sizes = {task.folder: _bytes(runs.out / task.folder) for task in tasks if runs.record(task) is not None}
     points = list(pareto.points_of(runs, tasks, lambda task: sizes[task.folder]))
@@ -78,6 +93,42 @@ def run_pareto(args: argparse.Namespace) -> None:
     console.print(escape(f"written: {', '.join(map(str, [path, *paths]))}"))
 
 
+def _mixed(runs: Runs, tasks: list[Task], args: argparse.Namespace) -> list[Task]:
+    """For every trained student the one of at most its bytes of weights whose layers' bits were chosen for them, but
+    where none fits into those, or nothing else was chosen than it has."""
+    found = []
+    for task, source in pareto.with_most_bits(tasks):
+        if runs.record(task) is None or runs.record(source) is None:
+            continue
+        student, _, _ = load_student(runs.out / task.folder, "phase1")
+        budget = sum(payload(name, layer) for name, layer in pqk_layers(student).items())
+        rows = _sensitivity(runs, source, args)
+        if budget < least_bytes(rows):
+            continue
+        chosen = choose_bits(rows, budget)
+        if set(chosen.values()) != {task.recipe.pqk.bits}:
+            found.append(pareto.with_layer_bits(task, chosen))
+    return found
+
+
+def _sensitivity(runs: Runs, task: Task, args: argparse.Namespace) -> list[Row]:
+    """Of a student's layers, measured once; kept beside the runs."""
+    path = args.out / "sensitivity" / f"{task.folder}.json"
+    bits = sorted({number for number in args.bits if number <= task.recipe.pqk.bits})
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if saved.get("bits") == bits:
+        return [Row(**row) for row in saved["rows"]]
+    if args.data is None:
+        raise ValueError(f"{path} has no sensitivity of {bits} bits yet: give --data to measure it")
+    model, recipe, _ = load_student(runs.out / task.folder, "phase1")
+    batches = list(runs.splits(recipe).validation or ())
+    rows = list(track(sensitivity(model, batches, bits), f"sensitivity of {task.folder}", console=console))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "w") as file:
+        json.dump({"bits": bits, "rows": [asdict(row) for row in rows]}, file, indent=1)
+    return rows
+
+
 def _bytes(run: Path) -> int:
     """Of the packed file of the run's student, as ``pqk-fast export`` writes it."""
     model, recipe, _ = load_student(run, "phase1")
@@ -90,6 +141,7 @@ def _command(args: argparse.Namespace) -> str:
     parts = [f"--{name} {' '.join(map(str, values))}" for name, values in lists.items()]
     parts += [
         f"--steps {args.steps} --dense-steps {args.dense_steps} --seeds {args.seeds}",
+        *(["--mixed"] if args.mixed else []),
         *(f"--set {setting}" for setting in args.set),
     ]
     return f"pqk-fast pareto --data DIR {' '.join(parts)}"

@@ -83,6 +83,15 @@ def payload(name: str, layer: PQKLayer) -> int:
     return len(smallest(integers_of(name, layer)[0].reshape(-1), layer.bits)[1])
 
 
+def least_bytes(rows: Iterable[Row]) -> int:
+    """What the layers take together, each with the bits of the fewest bytes."""
+    least: dict[str, int] = {}
+    for row in rows:
+        if row.change == "bits":
+            least[row.layer] = min(row.bytes, least.get(row.layer, row.bytes))
+    return sum(least.values())
+
+
 def choose_bits(rows: Iterable[Row], budget: int) -> dict[str, int]:
     """Bits for every layer whose payloads together take at most ``budget`` bytes, with the least sum of losses.
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,21 +13,23 @@ from pqk_fast.experiments.results import Sample
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.tasks import Task, tasks_of
 from pqk_fast.pages import Page, Table
-from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
+from pqk_fast.plots import make_figure, plain_axes, png
 from pqk_fast.recipe_files import load_recipe
 
 BASE = "kws-res8-narrow-plus-w4-p90"
 MARKERS = "os^Dv*P"
+COLOURS = {2: "#E69F00", 3: "#56B4E9", 4: "#009E73", 5: "#0072B2", 6: "#D55E00", 7: "#CC79A7", 8: "#000000"}  # by bits
 
 
 @dataclass(frozen=True)
 class Point:
     """A kind of student: ``bytes`` is its packed file's, of the first seed; ``validation`` its accuracy (percent) by
-    seed after the last step."""
+    seed after the last step. A ``mixed`` one has bits of their own for its layers, in as many bytes of weights."""
 
     model: str
     bits: int
     sparsity: float
+    mixed: bool
     bytes: int
     validation: dict[int, float]
 
@@ -37,7 +39,11 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.bits} bits, {100 * self.sparsity:g} % sparse"
+        return f"{self.model}, {self.bits_text} bits, {100 * self.sparsity:g} % sparse"
+
+    @property
+    def bits_text(self) -> str:
+        return f"mixed, as {self.bits}" if self.mixed else str(self.bits)
 
 
 def settings_of(model: str, bits: int, sparsity: float, steps: int, seed: int) -> list[str]:
@@ -80,17 +86,40 @@ def plan(
     return tasks
 
 
+def with_layer_bits(task: Task, layer_bits: Mapping[str, int]) -> Task:
+    """A point's task, with bits of their own for layers: otherwise the same."""
+    recipe = replace(task.recipe, pqk=replace(task.recipe.pqk, layer_bits=dict(layer_bits)))
+    return tasks_of(recipe)["phase1"]
+
+
+def with_most_bits(tasks: Sequence[Task]) -> Iterator[tuple[Task, Task]]:
+    """Each task and the one of its model, sparsity and seed with the most bits, but those that have them themselves."""
+    most: dict[tuple[str, float, int], Task] = {}
+    for task in sorted(tasks, key=lambda task: task.recipe.pqk.bits):
+        most[_kind(task)] = task
+    for task in tasks:
+        if task.recipe.pqk.bits < most[_kind(task)].recipe.pqk.bits:
+            yield task, most[_kind(task)]
+
+
+def _kind(task: Task) -> tuple[str, float, int]:
+    return task.recipe.model, task.recipe.pqk.sparsity, task.recipe.seed
+
+
 def points_of(runs: Runs, tasks: Iterable[Task], size_of: Callable[[Task], int]) -> Iterator[Point]:
     """The points of which at least one task is trained."""
-    found: dict[tuple[str, int, float], dict[int, Task]] = {}
-    for task in tasks:
-        if runs.record(task) is not None:
-            kind = (task.recipe.model, task.recipe.pqk.bits, task.recipe.pqk.sparsity)
-            found.setdefault(kind, {})[task.recipe.seed] = task
+    found: dict[tuple[str, int, float, bool], list[Task]] = {}
+    accuracy: dict[tuple[str, int, float, bool], dict[int, float]] = {}
+    for task in sorted(tasks, key=lambda task: task.recipe.seed):
+        record = runs.record(task)
+        if record is not None:
+            pqk = task.recipe.pqk
+            kind = (task.recipe.model, pqk.bits, pqk.sparsity, bool(pqk.layer_bits))
+            found.setdefault(kind, []).append(task)
+            value = record["results"]["phase1_p"]["last"]["validation"]
+            accuracy.setdefault(kind, {})[task.recipe.seed] = value
     for kind, by_seed in found.items():
-        records = {seed: runs.record(task) or {} for seed, task in by_seed.items()}
-        accuracy = {seed: record["results"]["phase1_p"]["last"]["validation"] for seed, record in records.items()}
-        yield Point(*kind, size_of(by_seed[min(by_seed)]), accuracy)
+        yield Point(*kind, size_of(by_seed[0]), accuracy[kind])
 
 
 def dense_of(runs: Runs, tasks: Iterable[Task]) -> dict[str, Sample]:
@@ -160,6 +189,13 @@ def make_page(record: dict[str, Any]) -> Page:
     page.table(table_of("By bytes", front(points)))
     page.heading("All of them")
     page.table(table_of("By model, bits and sparsity", points))
+    if any(point.mixed for point in points):
+        page.heading("Bits chosen for each layer")
+        page.text(
+            "Against uniform bits, in at most as many bytes of weights: the bits that lose least when one layer after "
+            "the other of the student of most bits is quantized further, trained as all others are."
+        )
+        page.table(_mixed_table(points))
     page.items([f"{model}, dense, 32 bits: {sample.text()} ({len(sample)} seeds)." for model, sample in dense.items()])
     return page
 
@@ -167,30 +203,46 @@ def make_page(record: dict[str, Any]) -> Page:
 def table_of(title: str, points: Iterable[Point]) -> Table:
     table = Table(title, ("model", "bits", "sparsity", "bytes", "validation", "seeds"))
     for point in points:
-        cells = [point.model, str(point.bits), f"{100 * point.sparsity:g} %", f"{point.bytes:,}"]
+        cells = [point.model, point.bits_text, f"{100 * point.sparsity:g} %", f"{point.bytes:,}"]
         table.rows.append([*cells, point.sample.text(), str(len(point.sample))])
     return table
 
 
+def _mixed_table(points: Sequence[Point]) -> Table:
+    columns = ("model", "sparsity", "bits", "validation", "bytes", "chosen bits", "bytes", "difference", "seeds")
+    table = Table("Mixed against uniform bits", columns)
+    uniform = {(one.model, one.sparsity, one.bits): one for one in points if not one.mixed}
+    for point in points:
+        other = uniform.get((point.model, point.sparsity, point.bits))
+        if point.mixed and other is not None:
+            difference = point.sample.minus(other.sample)
+            cells = [point.model, f"{100 * point.sparsity:g} %", str(point.bits), other.sample.text()]
+            cells += [f"{other.bytes:,}", point.sample.text(), f"{point.bytes:,}", difference.text(sign=True)]
+            table.rows.append([*cells, str(len(difference))])
+    return table
+
+
 def picture(points: Sequence[Point], dense: dict[str, Sample]) -> bytes:
-    """A colour for the bits, a marker for the model, the sparsity beside each point."""
+    """A colour for the bits, hollow where they are mixed, a marker for the model, the sparsity beside each point."""
     figure = make_figure(8.4, 5.6)
     axes = figure.subplots()
     models = list(dict.fromkeys(point.model for point in points))
     numbers = sorted({point.bits for point in points})
     for i, model in enumerate(models):
         for number in numbers:
-            own = [point for point in points if (point.model, point.bits) == (model, number)]
-            if not own:
-                continue
-            axes.plot(
-                [point.bytes for point in own],
-                [point.sample.mean for point in own],
-                MARKERS[i % len(MARKERS)],
-                color=LAYER_COLOURS[number % len(LAYER_COLOURS)],
-                markersize=7,
-                label=f"{model}, {number} bits",
-            )
+            for mixed in (False, True):
+                own = [one for one in points if (one.model, one.bits, one.mixed) == (model, number, mixed)]
+                if not own:
+                    continue
+                axes.plot(
+                    [point.bytes for point in own],
+                    [point.sample.mean for point in own],
+                    MARKERS[i % len(MARKERS)],
+                    color=COLOURS[number],
+                    fillstyle="none" if mixed else "full",
+                    markersize=7,
+                    label=f"{model}, {own[0].bits_text} bits",
+                )
     for point in points:
         place = (point.bytes, point.sample.mean)
         axes.annotate(f"{100 * point.sparsity:g}", place, (5, -8), textcoords="offset points", fontsize=8)

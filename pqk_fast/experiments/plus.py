@@ -17,9 +17,9 @@ from pqk_fast.report import LABELS
 
 PAPER = paper.TABLE2_RECIPE
 PLUS = "kws-res8-narrow-plus-w4-p90"
-STUDENTS = ("phase1_p", "finetune", "phase2_p", "phase2_f")
-
-
+STUDENTS = ("phase1_p", "finetune", "distill", "phase2_p")
+ALL_STAGES = ("vanilla", "phase1", "finetune", "distill", "phase2")
+WITH_ALL = f"stages={list(ALL_STAGES)}"
 SPLITS = ("validation", "testing")
 
 
@@ -28,42 +28,80 @@ class Ingredient:
     """A part of ``plus``: the settings that add it to the paper's recipe, and those that take it out of ``plus``."""
 
     title: str
+    text: str
     add: tuple[str, ...]
     leave_out: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Something that was tried on top of ``plus`` and is no part of it; its phase 1 is ``plus``'s unless it says so."""
+    """Something that was tried and is no part of ``plus``, on top of it or of it ``without`` some ingredients; its
+    phase 1 is ``plus``'s unless it says so."""
 
     title: str
     settings: tuple[str, ...]
+    without: tuple[Ingredient, ...] = ()
+
+    @property
+    def base(self) -> tuple[str, ...]:
+        """Settings that make ``plus`` what the trial is compared with."""
+        return tuple(setting for part in self.without for setting in part.leave_out)
+
+    @property
+    def base_title(self) -> str:
+        return " - ".join(["plus", *(part.title for part in self.without)])
 
 
+COPY = Ingredient(
+    "a frozen copy teaches",
+    "from step 1500 of phase 2 the student distils from a copy of the full net, the mean of its last 750 weights",
+    ("phase2.teacher_rest=1623", "phase2.teacher_average=750"),
+    ("phase2.teacher_rest=0", "phase2.teacher_average=0"),
+)
+LEARNED = Ingredient(
+    "LSQ's step sizes in phase 2",
+    "they learn on, with the gradient's scale of LSQ (Esser et al., ICLR 2020), instead of being frozen",
+    ("phase2.step_size=learned", "phase2.step_lr_rule=lsq", "phase2.step_lr_scale=1.0"),
+    ("phase2.step_size=frozen", "phase2.step_lr_rule=flat", "phase2.step_lr_scale=1e-4"),
+)
 INGREDIENTS = (
     Ingredient(
-        "cosine decay in both phases",
+        "cosine decay",
+        "of the learning rate in both phases, instead of drops at fixed steps",
         ("phase1.lr_schedule=cosine", "phase2.lr_schedule=cosine"),
         ("phase1.lr_schedule=drops", "phase2.lr_schedule=drops"),
     ),
-    Ingredient("step sizes follow the kept weights", ("pqk.step_tracking=10",), ("pqk.step_tracking=0",)),
+    Ingredient(
+        "MSE step tracking",
+        "at every tenth new mask the step size becomes the one of least squared error for the kept weights",
+        ("pqk.step_tracking=10",),
+        ("pqk.step_tracking=0",),
+    ),
+    COPY,
+    LEARNED,
 )
+GENTLE = "alpha .8, beta .2"
 TRIALS = (
-    Trial("distillation one way", ("phase2.distillation=one_way",)),
-    Trial("teacher at rest for the last 1500 steps", ("phase2.teacher_rest=1500",)),
+    Trial("distillation one way", ("phase2.distillation=one_way",), (COPY, LEARNED)),
+    Trial("the copy has the last weights, not their mean", ("phase2.teacher_average=0",), (LEARNED,)),
+    Trial(
+        "the copy teaches from step 1000 on",
+        ("phase2.distill_start=1000", "phase2.teacher_rest=2123", "phase2.teacher_average=700"),
+        (LEARNED,),
+    ),
+    Trial(GENTLE, ("phase2.alpha=0.8", "phase2.beta=0.2")),
+    Trial("temperature 4", ("phase2.temperature=4.0",)),
     Trial("phase 2 starts at a rate of .05", ("phase2.lr=0.05",)),
-    Trial("one way, and the teacher at rest", ("phase2.distillation=one_way", "phase2.teacher_rest=1500")),
-    Trial("step sizes learn on in phase 2", ("phase2.step_size=learned",)),
-    Trial("mean of phase 2's last 1000 weights", ("phase2.average_steps=1000",)),
+    Trial("mean of the last 350 steps' weights", ("phase2.average_steps=350",), (LEARNED,)),
     Trial("label smoothing .1", ("phase1.label_smoothing=0.1", "phase2.label_smoothing=0.1")),
     Trial("warm-up of 500 steps", ("phase1.lr_warmup=500",)),
-    Trial("LSQ's rates of the step sizes", ("phase1.step_lr_rule=lsq", "phase1.step_lr_scale=1.0")),
+    Trial("LSQ's rates in phase 1 too", ("phase1.step_lr_rule=lsq", "phase1.step_lr_scale=1.0")),
     Trial("up to 20 frames hidden (SpecAugment)", ("data.time_mask=20",)),
     Trial("weight decay 1e-4", ("phase1.weight_decay=1e-4", "phase2.weight_decay=1e-4")),
     Trial("mask at rest after 70 % of phase 1", ("pqk.mask_end=0.7",)),
     Trial(
         "half of the passes for phase 2",
-        ("phase1.steps=6045", "phase2.steps=6100", "phase2.distill_start=2930"),
+        ("phase1.steps=6045", "phase2.steps=6100", "phase2.distill_start=2930", "phase2.teacher_rest=3170"),
     ),
 )
 
@@ -81,12 +119,13 @@ def plan(results: Results, cells: Sequence[str] = ()) -> list[Task]:
 
 
 def _tasks(results: Results, cells: Sequence[str]) -> Iterator[Task]:
-    for title, recipe, settings in [*ablations(), *_trials()]:
+    trials = [(trial.title, PLUS, (*trial.base, *trial.settings)) for trial in TRIALS]
+    for title, recipe, settings in [*ablations(), *trials]:
         if cells and not any(word in title for word in cells):
             continue
         bare = not settings
-        stages = ("vanilla", "phase1", "finetune", "phase2") if bare else ("phase1", "phase2")
-        yield from results.tasks(recipe, stages, *settings)
+        stages = ALL_STAGES if bare else ("phase1", "phase2")
+        yield from results.tasks(recipe, stages, WITH_ALL, *settings)
 
 
 def make_page(results: Results) -> Page:
@@ -100,9 +139,15 @@ def make_page(results: Results) -> Page:
     page.code(f"pqk-fast reproduce plus --data DIR --seeds {len(results.seeds)}{settings}")
     page.heading("The recipe against the paper's")
     page.table(_against_the_paper(results))
+    page.text(
+        "All below phase1-P start from it and train for as many steps. The separate teacher is the vanilla network, "
+        "whose own steps are not counted."
+    )
     page.items([_teacher_or_not(results)])
+    page.heading("What plus is")
+    page.items([f"{part.title}: {part.text}." for part in INGREDIENTS])
     page.heading("What each ingredient gives")
-    page.table(_table("Validation accuracy (%)", results, ablations()))
+    page.table(_ablations(results))
     try:
         samples = [(title, _sample(results, row, "phase2_p", *settings)) for title, row, settings in ablations()]
         page.picture(
@@ -112,17 +157,21 @@ def make_page(results: Results) -> Page:
         )
     except (ImportError, ValueError) as error:
         page.text(f"No picture: {error}.")
-    page.heading("What was tried on top, and left out")
-    page.table(_table("Validation accuracy (%), and what it is above plus", results, _trials(), compared=True))
+    page.heading("What the teacher gives")
+    page.text("phase2-P minus finetuning from the same phase 1, with the same options but a teacher.")
+    page.table(_teachers(results))
+    page.heading("What was tried, and left out")
+    page.text("Each against what it was tried on, with the same seeds.")
+    page.table(_trials(results))
+    if waiting := [
+        trial.title for trial in TRIALS if not _sample(results, PLUS, "phase2_p", *trial.base, *trial.settings)
+    ]:
+        page.text(f"Not trained yet: {'; '.join(waiting)}.")
     return page
 
 
-def _trials() -> list[tuple[str, str, tuple[str, ...]]]:
-    return [("plus", PLUS, ()), *((trial.title, PLUS, trial.settings) for trial in TRIALS)]
-
-
 def _sample(results: Results, recipe: str, result: str, *settings: str, split: str = "validation") -> Sample:
-    return results.sample(recipe, result, *settings, split=split)
+    return results.sample(recipe, result, WITH_ALL, *settings, split=split)
 
 
 def _against_the_paper(results: Results) -> Table:
@@ -141,15 +190,39 @@ def _teacher_or_not(results: Results) -> str:
     return verdict("phase2-P of plus", "finetuning from the same phase 1", student.minus(finetuned))
 
 
-def _table(
-    title: str, results: Results, rows: Sequence[tuple[str, str, tuple[str, ...]]], compared: bool = False
-) -> Table:
-    shown = ("phase1_p", "phase2_p", "phase2_f")
-    above = ("phase2-P above plus",) if compared else ()
-    table = Table(title, ("", *(LABELS[result] for result in shown), *above, "seeds"))
-    plus = _sample(results, PLUS, "phase2_p")
-    for name, recipe, settings in rows:
-        samples = [_sample(results, recipe, result, *settings) for result in shown]
-        difference = [samples[1].minus(plus).text(sign=True) if settings else ""] if compared else []
-        table.rows.append([name, *(sample.text() for sample in samples), *difference, str(len(samples[1]))])
+SHOWN = ("phase1_p", "finetune", "phase2_p")
+
+
+def _ablations(results: Results) -> Table:
+    table = Table("Validation accuracy (%)", ("", *(LABELS[result] for result in SHOWN), "seeds"))
+    for title, recipe, settings in ablations():
+        samples = [_sample(results, recipe, result, *settings) for result in SHOWN]
+        table.rows.append([title, *(sample.text() for sample in samples), str(len(samples[-1]))])
+    return table
+
+
+def _teachers(results: Results) -> Table:
+    """Of plus, with and without the ingredients of phase 2, and of what else was tried on the teacher."""
+    rows: list[tuple[str, tuple[str, ...]]] = [("plus", ())]
+    rows += [(f"plus - {part.title}", part.leave_out) for part in (COPY, LEARNED)]
+    rows += [(f"plus - {COPY.title} - {LEARNED.title}", (*COPY.leave_out, *LEARNED.leave_out))]
+    rows += [(f"plus, {trial.title}", trial.settings) for trial in TRIALS if trial.title == GENTLE]
+    table = Table("phase2-P minus finetune, validation (points)", ("", "difference", "seeds"))
+    for title, settings in rows:
+        student, finetuned = (_sample(results, PLUS, result, *settings) for result in ("phase2_p", "finetune"))
+        difference = student.minus(finetuned)
+        table.rows.append([title, difference.text(sign=True), str(len(difference))])
+    return table
+
+
+def _trials(results: Results) -> Table:
+    """Of the trials of which at least one seed is trained."""
+    columns = ("", "tried on", *(LABELS[result] for result in SHOWN), "phase2-P above it", "seeds")
+    table = Table("Validation accuracy (%)", columns)
+    for trial in TRIALS:
+        samples = [_sample(results, PLUS, result, *trial.base, *trial.settings) for result in SHOWN]
+        if len(samples[-1]):
+            difference = samples[-1].minus(_sample(results, PLUS, "phase2_p", *trial.base))
+            cells = [*(sample.text() for sample in samples), difference.text(sign=True), str(len(difference))]
+            table.rows.append([trial.title, trial.base_title, *cells])
     return table

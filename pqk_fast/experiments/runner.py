@@ -82,7 +82,7 @@ class Runs:
 
     def train(self, task: Task, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train one task, whose parents are trained; or go on where it was interrupted. Writes and gives the record."""
-        splits = self._splits(task.recipe)
+        splits = self.splits(task.recipe)
         trainer = self._trained(task, splits, callbacks)
         record = {**record_of(trainer, splits), "task": task.key}
         write_record(self.out / f"{task.folder}.json", record)
@@ -159,7 +159,8 @@ class Runs:
         undone = {task.key for task in (*waiting, *running)}
         return [task for task in waiting if not undone & {parent.key for parent in task.parents}]
 
-    def _splits(self, recipe: Recipe) -> Splits:
+    def splits(self, recipe: Recipe) -> Splits:
+        """The data of a task's recipe. ValueError if the folder holds records of other data."""
         splits = _load(recipe.data, self.data, self.device)
         check_classes(recipe, splits)
         for path in self.out.glob("*.json"):

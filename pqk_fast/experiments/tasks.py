@@ -105,13 +105,18 @@ def _what_matters(recipe: Recipe, stage: str, needs: tuple[str, ...]) -> Recipe:
     if stage == "phase1":
         return replace(own, phase2=Phase2Config())
     if stage == "finetune":  # cross-entropy alone, with phase 2's schedule and a rate of its own
-        return replace(own, phase2=_without(own.phase2, "lr", "alpha", "beta", "temperature", *OF_THE_FULL_NET))
+        return replace(own, phase2=finetuning(own.phase2))
     if stage == "distill":
         return replace(own, phase2=_without(own.phase2, *OF_THE_FULL_NET))
     return own
 
 
-OF_THE_FULL_NET = ("distillation", "teacher_rest", "forward")
+OF_THE_FULL_NET = ("distillation", "teacher_rest", "teacher_average", "forward")
+
+
+def finetuning(phase: Phase2Config) -> Phase2Config:
+    """What of phase 2's settings finetuning has a use for; the others as they are by default."""
+    return _without(phase, "lr", "alpha", "beta", "temperature", *OF_THE_FULL_NET)
 
 
 def _without(phase: Phase2Config, *names: str) -> Phase2Config:

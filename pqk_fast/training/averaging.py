@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ class WeightAverage:
         """Let the model have the mean; nothing where no step was added."""
         for parameter, mean in zip(self._learning, self._means, strict=bool(self._means)):
             parameter.copy_(mean)
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """The model has the mean within, afterwards what it had."""
+        own = [parameter.detach().clone() for parameter in self._learning]
+        self.give()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._learning, own, strict=True):
+                    parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self._count, "means": [mean.clone() for mean in self._means]}

@@ -85,8 +85,11 @@ class Loop:
         self._check_every = 1 if device.type == "cpu" else GPU_CHECK_STEPS
         self._warned: set[tuple[str, str]] = set()
 
-    def run(self, make_step: Callable[[], Step], checkpoint_seconds: float) -> StageResult:
-        """Train to the stage's end. Raises TrainingDivergedError, or Interrupted after a signal, the state saved."""
+    def run(self, make_step: Callable[[Step | None], Step], checkpoint_seconds: float) -> StageResult:
+        """Train to the stage's end. Raises TrainingDivergedError, or Interrupted after a signal, the state saved.
+
+        ``make_step`` is given the step before when the objective has become another one.
+        """
         self.state.begin(self.stage.name)
         saved = self.state.stages.get(self.stage.name)
         position = self.state.position_in(self.stage.name)
@@ -97,7 +100,8 @@ class Loop:
             if position is not None:
                 set_random_state(position["ranks"][self.ranks.rank]["random"])
             return self.result
-        self.step = make_step()
+        self._make_step = make_step
+        self.step = make_step(None)
         first = 0 if position is None else self._resume(position)
         with Interrupts(enabled=self.state.files is not None, patient=self.ranks.world > 1) as interrupts:
             self._run(first, interrupts, checkpoint_seconds)
@@ -152,8 +156,9 @@ class Loop:
 
     def _train_on(self, step: int, x: Tensor, y: Tensor) -> None:
         stage = self.stage
+        if stage.objective.set_step(step):
+            self.step = self._make_step(self.step)
         self.step.set_lr(learning_rate(step, stage.phase))
-        stage.objective.set_step(step)
         check = partial(self._check_loss, step, x) if step % self._check_every == 0 else None
         try:
             due = 0 if stage.pruner is None else stage.pruner.advance()
