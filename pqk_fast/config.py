@@ -180,8 +180,7 @@ class PhaseConfig:
     ``epoch_steps`` is what Eq. 1, the curves and the validation call an epoch. ``lr_schedule`` "drops" multiplies the
     rate by ``lr_gamma`` at each step of ``lr_drops``, "cosine" decays to 0, "constant" stays; in the first
     ``lr_warmup`` steps the rate rises in a line to what the schedule says. ``label_smoothing`` is the cross-entropy's.
-    The mean of the weights of the last ``average_steps`` steps takes their place at the end, with BatchNorm statistics
-    made anew; 0: none.
+    The last ``average_steps`` steps' mean weights take the weights' place at the end, BatchNorm's statistics made anew.
     ``step_lr_scale`` is the step sizes' share of the rate, which ``step_lr_rule`` "lsq" divides by ``sqrt(N Q)`` for a
     step size of N weights (with SGD this is LSQ's gradient scale; Esser et al., ICLR 2020) and "flat" leaves as it is.
     """
@@ -217,8 +216,8 @@ class PhaseConfig:
         require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
         require(self.step_lr_scale >= 0, f"step_lr_scale must not be negative, got {self.step_lr_scale}")
         check_choice("step_lr_rule", self.step_lr_rule, STEP_LR_RULES)
-        most = f"average_steps must be a number of the {self.steps} steps, got {self.average_steps}"
-        require(0 <= self.average_steps <= self.steps, most)
+        average, steps = self.average_steps, self.steps
+        require(0 <= average <= steps, f"average_steps must be a number of the {steps} steps, got {average}")
 
 
 @dataclass(frozen=True)
@@ -253,9 +252,9 @@ class Phase2Config(PhaseConfig):
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         check_choice("distillation", self.distillation, ("mutual", "one_way"))
         check_choice("step_size", self.step_size, PHASE2_STEPS)
-        rest, average, steps = self.teacher_rest, self.teacher_average, self.steps
-        require(0 <= rest <= steps, f"teacher_rest must be 0 to phase 2's {steps} steps, got {rest}")
-        before = steps - rest if rest else 0
+        rest, average = self.teacher_rest, self.teacher_average
+        before = self.steps - rest if rest else 0
+        require(0 <= rest <= self.steps, f"teacher_rest must be 0 to phase 2's {self.steps} steps, got {rest}")
         require(0 <= average <= before, f"teacher_average must be 0 to {before}, the steps before rest, got {average}")
         check_choice("forward", self.forward, ("auto", "two_pass", "stacked"))
 

@@ -78,7 +78,7 @@ def distilled(co_study=0, teacher=None, out=None, watch=None, resume=False, call
     trainer = Trainer(net(), recipe, out=out, callbacks=(*watching, *callbacks), resume=resume, **options)
     if watch is not None:
         original = trainer._step
-        trainer._step = lambda stage: watch.begin(stage.objective) or original(stage)
+        trainer._step = lambda stage, before: watch.begin(stage.objective) or original(stage, before)
     trainer.phase1(batches(0), batches(1))
     trainer.distill(batches(0), batches(1), teacher_net() if teacher is None else teacher)
     return trainer

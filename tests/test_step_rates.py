@@ -132,7 +132,7 @@ def test_the_trainer_takes_the_recipes_rule(rule):
     trainer = Trainer(net(), recipe(phase1=phase))
     steps = []
     original = trainer._step
-    trainer._step = lambda stage: steps.append(original(stage)) or steps[-1]
+    trainer._step = lambda stage, before: steps.append(original(stage, before)) or steps[-1]
     trainer.phase1(batches(0))
     groups = steps[0].optimizer.param_groups
     for name, weights in {"0": 8 * 32, "3": 32 * 3}.items():
