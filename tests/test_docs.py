@@ -32,6 +32,14 @@ def test_the_pareto_page_says_what_its_record_says(tmp_path: Path) -> None:
     package("matplotlib")
     record = json.loads((ROOT / "bench" / "results" / "pareto.json").read_text(encoding="utf-8"))
     is_committed(pareto.make_page(record), "pareto", tmp_path)
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    points, _ = pareto.from_json(record)
+    found = {(one.bits, one.sparsity, one.mixed): one for one in points}
+    for bits, sparsity in ((4, 0.95), (2, 0.9)):
+        one = found[bits, sparsity, False]
+        assert f"{bits} bits at {100 * sparsity:g} % ({one.bytes:,} bytes, {one.sample.text()} %)" in readme
+    gains = [found[3, part, True].sample.minus(found[3, part, False].sample).mean for part in (0.8, 0.9, 0.95)]
+    assert "by {:.1f}, {:.1f} and {:.1f} points at 80, 90 and 95 % sparsity".format(*gains) in readme
 
 
 def test_the_readme_says_what_plus_reaches() -> None:

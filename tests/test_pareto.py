@@ -18,7 +18,7 @@ TINY = ["phase1.epoch_steps=2", "data.batch_size=8", "pqk.mask_interval=1"]
 
 
 def point(size: int, *accuracies: float, bits: int = 4) -> Point:
-    return Point("res8_narrow", bits, 0.9, False, size, dict(enumerate(accuracies)))
+    return Point("res8_narrow", bits, 0.9, size, dict(enumerate(accuracies)))
 
 
 def test_students_start_from_one_dense_network_of_a_model_and_seed() -> None:
@@ -64,13 +64,15 @@ def test_mixed_bits_are_chosen_on_the_student_of_most_bits() -> None:
 
 
 def test_mixed_bits_against_uniform_ones(tmp_path: Path) -> None:
-    points = [point(100, 70, 72, bits=2), point(200, 80, 80), Point("res8_narrow", 2, 0.9, True, 99, {0: 75, 1: 76})]
+    chosen = Point("res8_narrow", 2, 0.9, 99, {0: 75, 1: 76}, {"conv0": 4, "conv1": 2, "conv2": 4})
+    points = [point(100, 70, 72, bits=2), point(200, 80, 80), chosen]
     assert points[2].name == "res8_narrow, mixed, as 2 bits, 90 % sparse"
     record = pareto.as_json(points, {}, {"steps": 300, "command": "pqk-fast pareto"})
     page, _ = pareto.make_page(json.loads(json.dumps(record))).write(tmp_path, "pareto")
     text = page.read_text(encoding="utf-8")
     row = "| res8_narrow | 90 % | 2 | 71.0 ± 1.4 | 100 | 75.5 ± 0.7 | 99 | +4.5 ± 0.7 | 2 |"
     assert row in text[text.index("Bits chosen for each layer") :]
+    assert f"- {chosen.name}: 4 bits for conv0, conv2; 2 bits for conv1." in text
 
 
 def test_the_page_tells_what_records_say(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_the_page_tells_what_records_say(tmp_path: Path) -> None:
     worth = text[text.index("## Worth training") : text.index("## All of them")]
     assert worth.count("| res8_narrow |") == 1
     assert "| res8_narrow | 4 | 90 % | 99 | 86.5 ± 0.7 | 2 |" in worth
-    assert "res8_narrow, dense, 32 bits: 91.0 ± 0.0 (2 seeds)." in text
+    assert "res8_narrow, dense, 32 bits: 91.0 ± 0.0 (seeds: 2)." in text
     assert (tmp_path / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert "<img" in page.read_text(encoding="utf-8")
 
@@ -130,7 +132,7 @@ def test_the_command_trains_what_is_missing(speech: Path, tmp_path: Path, capsys
     assert cli.main([*mixed, "--data", str(speech), "--device", "cpu", "--jobs", "1"]) == 0
     assert cli.main(mixed) == 0
     both = json.loads((out / "pareto.json").read_text())["points"]
-    assert [(one["bits"], one["mixed"]) for one in both] == [
+    assert [(one["bits"], bool(one["layer_bits"])) for one in both] == [
         (2, False), (3, False), (4, False), (3, True)
     ]  # fmt: skip
     assert both[3]["bytes"] < both[2]["bytes"]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pqk_fast.experiments.results import Sample
@@ -24,14 +24,19 @@ COLOURS = {2: "#E69F00", 3: "#56B4E9", 4: "#009E73", 5: "#0072B2", 6: "#D55E00",
 @dataclass(frozen=True)
 class Point:
     """A kind of student: ``bytes`` is its packed file's, of the first seed; ``validation`` its accuracy (percent) by
-    seed after the last step. A ``mixed`` one has bits of their own for its layers, in as many bytes of weights."""
+    seed after the last step. A ``mixed`` one has bits of their own for its layers, the first seed's ``layer_bits``, in
+    as many bytes of weights."""
 
     model: str
     bits: int
     sparsity: float
-    mixed: bool
     bytes: int
     validation: dict[int, float]
+    layer_bits: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def mixed(self) -> bool:
+        return bool(self.layer_bits)
 
     @property
     def sample(self) -> Sample:
@@ -119,7 +124,9 @@ def points_of(runs: Runs, tasks: Iterable[Task], size_of: Callable[[Task], int])
             value = record["results"]["phase1_p"]["last"]["validation"]
             accuracy.setdefault(kind, {})[task.recipe.seed] = value
     for kind, by_seed in found.items():
-        yield Point(*kind, size_of(by_seed[0]), accuracy[kind])
+        model, bits, sparsity, _ = kind
+        layer_bits = by_seed[0].recipe.pqk.layer_bits
+        yield Point(model, bits, sparsity, size_of(by_seed[0]), accuracy[kind], dict(layer_bits))
 
 
 def dense_of(runs: Runs, tasks: Iterable[Task]) -> dict[str, Sample]:
@@ -189,14 +196,17 @@ def make_page(record: dict[str, Any]) -> Page:
     page.table(table_of("By bytes", front(points)))
     page.heading("All of them")
     page.table(table_of("By model, bits and sparsity", points))
+    page.items([f"{model}, dense, 32 bits: {sample.text()} (seeds: {len(sample)})." for model, sample in dense.items()])
     if any(point.mixed for point in points):
         page.heading("Bits chosen for each layer")
         page.text(
             "Against uniform bits, in at most as many bytes of weights: the bits that lose least when one layer after "
-            "the other of the student of most bits is quantized further, trained as all others are."
+            "the other of the student of most bits is quantized further (on validation as well), trained as all others "
+            "are."
         )
         page.table(_mixed_table(points))
-    page.items([f"{model}, dense, 32 bits: {sample.text()} ({len(sample)} seeds)." for model, sample in dense.items()])
+        page.text("The bits that were chosen, of the first seed:")
+        page.items([_layer_bits(point) for point in points if point.mixed])
     return page
 
 
@@ -220,6 +230,15 @@ def _mixed_table(points: Sequence[Point]) -> Table:
             cells += [f"{other.bytes:,}", point.sample.text(), f"{point.bytes:,}", difference.text(sign=True)]
             table.rows.append([*cells, str(len(difference))])
     return table
+
+
+def _layer_bits(point: Point) -> str:
+    """Layers by their bits, most bits first."""
+    layers: dict[int, list[str]] = {}
+    for name, bits in point.layer_bits.items():
+        layers.setdefault(bits, []).append(name)
+    parts = [f"{bits} bits for {', '.join(layers[bits])}" for bits in sorted(layers, reverse=True)]
+    return f"{point.name}: {'; '.join(parts)}."
 
 
 def picture(points: Sequence[Point], dense: dict[str, Sample]) -> bytes:

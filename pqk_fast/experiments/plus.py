@@ -93,14 +93,12 @@ TRIALS = (
     Trial("temperature 4", ("phase2.temperature=4.0",)),
     Trial("phase 2 starts at a rate of .05", ("phase2.lr=0.05",)),
     Trial("mean of the last 350 steps' weights", ("phase2.average_steps=350",), (LEARNED,)),
-    Trial("label smoothing .1", ("phase1.label_smoothing=0.1", "phase2.label_smoothing=0.1")),
+    Trial("label smoothing .1 in phase 2", ("phase2.label_smoothing=0.1",)),
     Trial("warm-up of 500 steps", ("phase1.lr_warmup=500",)),
     Trial("LSQ's rates in phase 1 too", ("phase1.step_lr_rule=lsq", "phase1.step_lr_scale=1.0")),
     Trial("up to 20 frames hidden (SpecAugment)", ("data.time_mask=20",)),
-    Trial("weight decay 1e-4", ("phase1.weight_decay=1e-4", "phase2.weight_decay=1e-4")),
-    Trial("mask at rest after 70 % of phase 1", ("pqk.mask_end=0.7",)),
     Trial(
-        "half of the passes for phase 2",
+        "half of the steps for phase 2",
         ("phase1.steps=6045", "phase2.steps=6100", "phase2.distill_start=2930", "phase2.teacher_rest=3170"),
     ),
 )
