@@ -49,6 +49,26 @@ def test_the_readme_says_what_plus_reaches() -> None:
         assert f"{name} {' / '.join(found)}" in readme
 
 
+def test_the_readme_says_what_ten_classes_gave() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    folder = ROOT / "bench" / "results" / "reproduce-ten-classes"
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8"))["results"] for path in folder.glob("*.json")}
+
+    def last(run: str, result: str, split: str) -> float:
+        (found,) = [value for stem, value in results.items() if stem.endswith(run)]
+        return found[result]["last"][split]
+
+    vanilla, phase1 = last("ec6ecdbf", "vanilla", "testing"), last("6df65e7f", "phase1_p", "testing")
+    student, full_net = (last("16c1022a", result, "testing") for result in ("phase2_p", "phase2_f"))
+    assert f"vanilla {vanilla}, phase1-P {phase1}, phase2-P {student}, phase2-F {full_net};" in readme
+    paper, beyond = (last(run, "phase2_p", "validation") for run in ("16c1022a", "7bac930c"))
+    finetuned = last("fa7ded48", "finetune", "validation")
+    said = (
+        f"phase2-P has {paper}, and with `cifar100-resnet32-plus-w4-p90` {beyond} (finetuning from the same phase 1: "
+    )
+    assert f"{said}{finetuned})" in readme
+
+
 def test_the_benchmarks_page_and_the_readme_say_what_the_record_says(bench: Callable, tmp_path: Path) -> None:
     package("matplotlib")
     record = bench("figures").read(ROOT / "bench" / "results" / "bench.json")
