@@ -32,7 +32,7 @@ def test_the_pareto_page_says_what_its_record_says(tmp_path: Path) -> None:
     package("matplotlib")
     record = json.loads((ROOT / "bench" / "results" / "pareto.json").read_text(encoding="utf-8"))
     is_committed(pareto.make_page(record), "pareto", tmp_path)
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = readme_in_one_line()
     points, _ = pareto.from_json(record)
     found = {(one.bits, one.sparsity, one.mixed): one for one in points}
     for bits, sparsity in ((4, 0.95), (2, 0.9)):
@@ -43,14 +43,14 @@ def test_the_pareto_page_says_what_its_record_says(tmp_path: Path) -> None:
 
 
 def test_the_readme_says_what_plus_reaches() -> None:
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = readme_in_one_line()
     for result, name in {"phase1_p": "phase1-P", "phase2_p": "phase2-P", "finetune": "finetuning"}.items():
         found = [results_of(5).sample(plus.PLUS, result, split=split).text() for split in ("validation", "testing")]
         assert f"{name} {' / '.join(found)}" in readme
 
 
 def test_the_readme_says_what_ten_classes_gave() -> None:
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = readme_in_one_line()
     folder = ROOT / "bench" / "results" / "reproduce-ten-classes"
     results = {path.stem: json.loads(path.read_text(encoding="utf-8"))["results"] for path in folder.glob("*.json")}
 
@@ -76,6 +76,10 @@ def test_the_benchmarks_page_and_the_readme_say_what_the_record_says(bench: Call
     readme, headlines = (ROOT / "README.md").read_text(encoding="utf-8"), bench("headlines")
     assert headlines.table(record) in readme
     assert headlines.latency(record) in readme
+
+
+def readme_in_one_line() -> str:
+    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def results_of(seeds: int) -> Results:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.markup import escape
-from rich.progress import track
 
 from pqk_fast.branches import pqk_layers
 from pqk_fast.commands.deploy import load_student, metadata_of
@@ -25,8 +24,9 @@ from pqk_fast.commands.options import (
     jobs_of,
     step_options,
 )
+from pqk_fast.commands.sensitivity import measured
 from pqk_fast.deploy.packed import save_packed
-from pqk_fast.deploy.sensitivity import Row, choose_bits, least_bytes, payload, sensitivity
+from pqk_fast.deploy.sensitivity import Row, choose_bits, least_bytes, payload
 from pqk_fast.experiments import pareto
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.tasks import Task
@@ -121,8 +121,7 @@ def _sensitivity(runs: Runs, task: Task, args: argparse.Namespace) -> list[Row]:
     if args.data is None:
         raise ValueError(f"{path} has no sensitivity of {bits} bits yet: give --data to measure it")
     model, recipe, _ = load_student(runs.out / task.folder, "phase1")
-    batches = list(runs.splits(recipe).validation or ())
-    rows = list(track(sensitivity(model, batches, bits), f"sensitivity of {task.folder}", console=console))
+    rows = measured(model, runs.splits(recipe), bits)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "w") as file:
         json.dump({"bits": bits, "rows": [asdict(row) for row in rows]}, file, indent=1)

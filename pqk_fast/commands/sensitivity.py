@@ -10,11 +10,12 @@ from pathlib import Path
 
 from rich.markup import escape
 from rich.progress import track
+from torch import nn
 
 from pqk_fast.branches import pqk_layers
 from pqk_fast.commands.deploy import STAGES, load_student
 from pqk_fast.commands.options import Commands, command, console, count
-from pqk_fast.data.load import load_splits
+from pqk_fast.data.load import Splits, load_splits
 from pqk_fast.deploy.sensitivity import Row, choose_bits, sensitivity
 from pqk_fast.files import replacing
 from pqk_fast.pages import Page, Table
@@ -38,13 +39,7 @@ def add(commands: Commands) -> None:
 
 def run_sensitivity(args: argparse.Namespace) -> None:
     model, recipe, stage = load_student(args.run, args.stage)
-    validation = load_splits(recipe, args.data).validation
-    if validation is None:
-        raise ValueError("the recipe has no validation split: set data.validation when you train")
-    batches = list(validation)
-    most = 1 + len(pqk_layers(model)) * (1 + len(args.bits) + len(args.sparsities))
-    measured = sensitivity(model, batches, args.bits, args.sparsities)
-    rows = list(track(measured, "measuring", most, console=console, transient=True))
+    rows = measured(model, load_splits(recipe, args.data), args.bits, args.sparsities)
     table = table_of(rows)
     console.print(table.rich())
     page = Page(f"Sensitivity of {recipe.name}, the student of {stage}")
@@ -68,6 +63,15 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         with replacing(paths[-1], "w") as file:
             json.dump({"recipe": recipe.name, "stage": stage, "rows": [asdict(row) for row in rows]}, file, indent=1)
         console.print(escape(f"written: {', '.join(map(str, paths))}"))
+
+
+def measured(model: nn.Module, splits: Splits, bits: Sequence[int], sparsities: Sequence[float] = ()) -> list[Row]:
+    """On validation, with a bar. ValueError if there is none."""
+    if splits.validation is None:
+        raise ValueError("the recipe has no validation split: set data.validation when you train")
+    most = 1 + len(pqk_layers(model)) * (1 + len(bits) + len(sparsities))
+    rows = sensitivity(model, list(splits.validation), bits, sparsities)
+    return list(track(rows, "measuring sensitivity", most, console=console, transient=True))
 
 
 def table_of(rows: Sequence[Row]) -> Table:

@@ -85,11 +85,7 @@ def payload(name: str, layer: PQKLayer) -> int:
 
 def least_bytes(rows: Iterable[Row]) -> int:
     """What the layers take together, each with the bits of the fewest bytes."""
-    least: dict[str, int] = {}
-    for row in rows:
-        if row.change == "bits":
-            least[row.layer] = min(row.bytes, least.get(row.layer, row.bytes))
-    return sum(least.values())
+    return sum(min(row.bytes for row in choices) for choices in _choices(rows).values())
 
 
 def choose_bits(rows: Iterable[Row], budget: int) -> dict[str, int]:
@@ -99,12 +95,8 @@ def choose_bits(rows: Iterable[Row], budget: int) -> dict[str, int]:
     that sum: combinations of layers that another beats in bytes and loss are dropped as soon as they appear. Raises
     ValueError if even the fewest bytes are too many.
     """
-    options: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.change == "bits":
-            options.setdefault(row.layer, []).append(row)
     best: list[tuple[int, float, dict[str, int]]] = [(0, 0.0, {})]
-    for layer, choices in options.items():
+    for layer, choices in _choices(rows).items():
         grown = [
             (size + row.bytes, loss + row.loss, {**chosen, layer: int(row.value)})
             for size, loss, chosen in best
@@ -118,6 +110,15 @@ def choose_bits(rows: Iterable[Row], budget: int) -> dict[str, int]:
     if not within:
         raise ValueError(f"the layers take at least {best[0][0]} bytes with the bits that were tried, got {budget}")
     return within[-1][2]
+
+
+def _choices(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of other bits, by layer."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.change == "bits":
+            found.setdefault(row.layer, []).append(row)
+    return found
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from pqk_fast.experiments.results import Sample
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.tasks import Task, tasks_of
 from pqk_fast.pages import Page, Table
-from pqk_fast.plots import make_figure, plain_axes, png
+from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
 from pqk_fast.recipe_files import load_recipe
 
 BASE = "kws-res8-narrow-plus-w4-p90"
 MARKERS = "os^Dv*P"
-COLOURS = {2: "#E69F00", 3: "#56B4E9", 4: "#009E73", 5: "#0072B2", 6: "#D55E00", 7: "#CC79A7", 8: "#000000"}  # by bits
+# By bits, without the yellow.
+COLOURS = dict(zip((8, 2, 3, 4, 5, 6, 7), (*LAYER_COLOURS[:4], *LAYER_COLOURS[5:8]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -113,20 +114,17 @@ def _kind(task: Task) -> tuple[str, float, int]:
 
 def points_of(runs: Runs, tasks: Iterable[Task], size_of: Callable[[Task], int]) -> Iterator[Point]:
     """The points of which at least one task is trained."""
-    found: dict[tuple[str, int, float, bool], list[Task]] = {}
-    accuracy: dict[tuple[str, int, float, bool], dict[int, float]] = {}
+    found: dict[tuple[str, int, float, bool], list[tuple[Task, float]]] = {}
     for task in sorted(tasks, key=lambda task: task.recipe.seed):
         record = runs.record(task)
         if record is not None:
             pqk = task.recipe.pqk
             kind = (task.recipe.model, pqk.bits, pqk.sparsity, bool(pqk.layer_bits))
-            found.setdefault(kind, []).append(task)
-            value = record["results"]["phase1_p"]["last"]["validation"]
-            accuracy.setdefault(kind, {})[task.recipe.seed] = value
-    for kind, by_seed in found.items():
-        model, bits, sparsity, _ = kind
-        layer_bits = by_seed[0].recipe.pqk.layer_bits
-        yield Point(model, bits, sparsity, size_of(by_seed[0]), accuracy[kind], dict(layer_bits))
+            found.setdefault(kind, []).append((task, record["results"]["phase1_p"]["last"]["validation"]))
+    for (model, bits, sparsity, _), by_seed in found.items():
+        first, _ = by_seed[0]
+        validation = {task.recipe.seed: value for task, value in by_seed}
+        yield Point(model, bits, sparsity, size_of(first), validation, dict(first.recipe.pqk.layer_bits))
 
 
 def dense_of(runs: Runs, tasks: Iterable[Task]) -> dict[str, Sample]:
@@ -246,22 +244,19 @@ def picture(points: Sequence[Point], dense: dict[str, Sample]) -> bytes:
     figure = make_figure(8.4, 5.6)
     axes = figure.subplots()
     models = list(dict.fromkeys(point.model for point in points))
-    numbers = sorted({point.bits for point in points})
-    for i, model in enumerate(models):
-        for number in numbers:
-            for mixed in (False, True):
-                own = [one for one in points if (one.model, one.bits, one.mixed) == (model, number, mixed)]
-                if not own:
-                    continue
-                axes.plot(
-                    [point.bytes for point in own],
-                    [point.sample.mean for point in own],
-                    MARKERS[i % len(MARKERS)],
-                    color=COLOURS[number],
-                    fillstyle="none" if mixed else "full",
-                    markersize=7,
-                    label=f"{model}, {own[0].bits_text} bits",
-                )
+    kinds: dict[tuple[int, int, bool], list[Point]] = {}
+    for point in points:
+        kinds.setdefault((models.index(point.model), point.bits, point.mixed), []).append(point)
+    for (i, bits, mixed), own in sorted(kinds.items()):
+        axes.plot(
+            [point.bytes for point in own],
+            [point.sample.mean for point in own],
+            MARKERS[i % len(MARKERS)],
+            color=COLOURS[bits],
+            fillstyle="none" if mixed else "full",
+            markersize=7,
+            label=f"{models[i]}, {own[0].bits_text} bits",
+        )
     for point in points:
         place = (point.bytes, point.sample.mean)
         axes.annotate(f"{100 * point.sparsity:g}", place, (5, -8), textcoords="offset points", fontsize=8)

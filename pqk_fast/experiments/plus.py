@@ -45,11 +45,13 @@ class Trial:
     @property
     def base(self) -> tuple[str, ...]:
         """Settings that make ``plus`` what the trial is compared with."""
-        return tuple(setting for part in self.without for setting in part.leave_out)
+        return plus_without(*self.without)[1]
 
-    @property
-    def base_title(self) -> str:
-        return " - ".join(["plus", *(part.title for part in self.without)])
+
+def plus_without(*parts: Ingredient) -> tuple[str, tuple[str, ...]]:
+    """Title and settings of ``plus`` with these left out."""
+    title = " - ".join(["plus", *(part.title for part in parts)])
+    return title, tuple(setting for part in parts for setting in part.leave_out)
 
 
 COPY = Ingredient(
@@ -80,7 +82,7 @@ INGREDIENTS = (
     COPY,
     LEARNED,
 )
-GENTLE = "alpha .8, beta .2"
+GENTLE = Trial("alpha .8, beta .2", ("phase2.alpha=0.8", "phase2.beta=0.2"))
 TRIALS = (
     Trial("distillation one way", ("phase2.distillation=one_way",), (COPY, LEARNED)),
     Trial("the copy has the last weights, not their mean", ("phase2.teacher_average=0",), (LEARNED,)),
@@ -89,7 +91,7 @@ TRIALS = (
         ("phase2.distill_start=1000", "phase2.teacher_rest=2123", "phase2.teacher_average=700"),
         (LEARNED,),
     ),
-    Trial(GENTLE, ("phase2.alpha=0.8", "phase2.beta=0.2")),
+    GENTLE,
     Trial("temperature 4", ("phase2.temperature=4.0",)),
     Trial("phase 2 starts at a rate of .05", ("phase2.lr=0.05",)),
     Trial("mean of the last 350 steps' weights", ("phase2.average_steps=350",), (LEARNED,)),
@@ -107,8 +109,8 @@ TRIALS = (
 def ablations() -> list[tuple[str, str, tuple[str, ...]]]:
     """Title, recipe and settings of each row of the ablation's table."""
     added = [(f"the paper's + {part.title}", PAPER, part.add) for part in INGREDIENTS]
-    left_out = [(f"plus - {part.title}", PLUS, part.leave_out) for part in INGREDIENTS]
-    return [("the paper's recipe", PAPER, ()), *added, *left_out, ("plus", PLUS, ())]
+    left_out = [plus_without(*parts) for parts in (*((part,) for part in INGREDIENTS), ())]
+    return [("the paper's recipe", PAPER, ()), *added, *((title, PLUS, settings) for title, settings in left_out)]
 
 
 def plan(results: Results, cells: Sequence[str] = ()) -> list[Task]:
@@ -201,10 +203,8 @@ def _ablations(results: Results) -> Table:
 
 def _teachers(results: Results) -> Table:
     """Of plus, with and without the ingredients of phase 2, and of what else was tried on the teacher."""
-    rows: list[tuple[str, tuple[str, ...]]] = [("plus", ())]
-    rows += [(f"plus - {part.title}", part.leave_out) for part in (COPY, LEARNED)]
-    rows += [(f"plus - {COPY.title} - {LEARNED.title}", (*COPY.leave_out, *LEARNED.leave_out))]
-    rows += [(f"plus, {trial.title}", trial.settings) for trial in TRIALS if trial.title == GENTLE]
+    rows = [plus_without(*parts) for parts in ((), (COPY,), (LEARNED,), (COPY, LEARNED))]
+    rows.append((f"plus, {GENTLE.title}", GENTLE.settings))
     table = Table("phase2-P minus finetune, validation (points)", ("", "difference", "seeds"))
     for title, settings in rows:
         student, finetuned = (_sample(results, PLUS, result, *settings) for result in ("phase2_p", "finetune"))
@@ -222,5 +222,5 @@ def _trials(results: Results) -> Table:
         if len(samples[-1]):
             difference = samples[-1].minus(_sample(results, PLUS, "phase2_p", *trial.base))
             cells = [*(sample.text() for sample in samples), difference.text(sign=True), str(len(difference))]
-            table.rows.append([trial.title, trial.base_title, *cells])
+            table.rows.append([trial.title, plus_without(*trial.without)[0], *cells])
     return table
