@@ -13,6 +13,7 @@ from pqk_fast import cli
 from pqk_fast.experiments import pareto
 from pqk_fast.experiments.pareto import Point
 from pqk_fast.experiments.runner import Runs
+from pqk_fast.experiments.tasks import Task
 
 TINY = ["phase1.epoch_steps=2", "data.batch_size=8", "pqk.mask_interval=1"]
 
@@ -84,9 +85,13 @@ def test_the_page_tells_what_records_say(tmp_path: Path) -> None:
         for one in (*task.parents, task):
             write(runs, one, 10, 91.0 if one in task.parents else 70 + 4 * recipe.pqk.bits + recipe.seed)
     untrained = pareto.plan(["res8"], [2], [0.5], 300, 900, 1)
-    points = list(pareto.points_of(runs, [*tasks, *untrained], lambda task: int(1000 * (1 - task.recipe.pqk.sparsity))))
+
+    def size_of(task: Task) -> int:
+        return int(1000 * (1 - task.recipe.pqk.sparsity)) + task.recipe.seed
+
+    points = list(pareto.points_of(runs, [*tasks, *untrained], size_of))
     assert [(one.bits, one.bytes, one.sample.text()) for one in points] == [
-        (2, 500, "78.5 ± 0.7"), (2, 99, "78.5 ± 0.7"), (4, 500, "86.5 ± 0.7"), (4, 99, "86.5 ± 0.7")
+        (2, 501, "78.5 ± 0.7"), (2, 100, "78.5 ± 0.7"), (4, 501, "86.5 ± 0.7"), (4, 100, "86.5 ± 0.7")
     ]  # fmt: skip
     about = {"steps": 300, "command": "pqk-fast pareto --data DIR"}
     record = json.loads(json.dumps(pareto.as_json(points, pareto.dense_of(runs, tasks), about)))
@@ -95,7 +100,7 @@ def test_the_page_tells_what_records_say(tmp_path: Path) -> None:
     text = markdown.read_text(encoding="utf-8")
     worth = text[text.index("## Worth training") : text.index("## All of them")]
     assert worth.count("| res8_narrow |") == 1
-    assert "| res8_narrow | 4 | 90 % | 99 | 86.5 ± 0.7 | 2 |" in worth
+    assert "| res8_narrow | 4 | 90 % | 100 | 86.5 ± 0.7 | 2 |" in worth
     assert "res8_narrow, dense, 32 bits: 91.0 ± 0.0 (seeds: 2)." in text
     assert (tmp_path / "pareto" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert "<img" in page.read_text(encoding="utf-8")

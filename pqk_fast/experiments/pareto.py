@@ -24,7 +24,7 @@ COLOURS = dict(zip((8, 2, 3, 4, 5, 6, 7), (*LAYER_COLOURS[:4], *LAYER_COLOURS[5:
 
 @dataclass(frozen=True)
 class Point:
-    """A kind of student: ``bytes`` is its packed file's, of the first seed; ``validation`` its accuracy (percent) by
+    """A kind of student: ``bytes`` is its packed file's, of its largest seed; ``validation`` its accuracy (percent) by
     seed after the last step. A ``mixed`` one has bits of their own for its layers, the first seed's ``layer_bits``, in
     as many bytes of weights."""
 
@@ -124,7 +124,8 @@ def points_of(runs: Runs, tasks: Iterable[Task], size_of: Callable[[Task], int])
     for (model, bits, sparsity, _), by_seed in found.items():
         first, _ = by_seed[0]
         validation = {task.recipe.seed: value for task, value in by_seed}
-        yield Point(model, bits, sparsity, size_of(first), validation, dict(first.recipe.pqk.layer_bits))
+        size = max(size_of(task) for task, _ in by_seed)
+        yield Point(model, bits, sparsity, size, validation, dict(first.recipe.pqk.layer_bits))
 
 
 def dense_of(runs: Runs, tasks: Iterable[Task]) -> dict[str, Sample]:
@@ -181,8 +182,9 @@ def make_page(record: dict[str, Any]) -> Page:
     page = Page("What fits into how many bytes")
     page.text(
         "Accuracy on validation (%) of students of many bits and sparsities, against the bytes of their packed files "
-        f"(all of it: BatchNorm, biases and names too). Each is trained for {record['steps']:,} steps from one dense "
-        "network of its model and seed. Means over seeds ± their standard deviation; testing was not looked at."
+        "(all of it: BatchNorm, biases and names too; of several seeds the largest). Each is trained for "
+        f"{record['steps']:,} steps from one dense network of its model and seed. Means over seeds ± their standard "
+        "deviation; testing was not looked at."
     )
     page.code(record["command"])
     try:
