@@ -4,7 +4,7 @@ Kim, Chang, Kwak: "PQK: Model Compression via Pruning, Quantization, and Knowled
 """
 
 from pqk_fast.branches import branch, dual_forward
-from pqk_fast.config import ConfigError, PQKConfig, Recipe
+from pqk_fast.config import PQKConfig, Recipe
 from pqk_fast.dual_batch_norm import DualBatchNorm
 from pqk_fast.fusion import fuse, unfuse
 from pqk_fast.layers import PQKConv1d, PQKConv2d, PQKLinear
@@ -12,6 +12,7 @@ from pqk_fast.losses import DistillationLoss, MutualDistillationLoss
 from pqk_fast.masks import Pruner
 from pqk_fast.prepare import convert, param_groups, prepare, start_phase2
 from pqk_fast.recipe_files import load_recipe
+from pqk_fast.settings import ConfigError
 
 __version__ = "0.1.0"
 

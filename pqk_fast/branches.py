@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk_fast.config import PQKConfig, check_choice
+from pqk_fast.config import PQKConfig
 from pqk_fast.layers import PQKLayer
+from pqk_fast.settings import check_choice
 from pqk_fast.two_phase import TwoPhase
 
 MODES = ("auto", "two_pass", "stacked")

@@ -1,65 +1,28 @@
-"""Frozen settings. Every invalid combination is refused here, with what was expected."""
+"""What can be set. Every invalid combination is refused here, with what was expected."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import math
 import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pqk_fast.reference import STE_MODES, TEACHER_WEIGHTS
+from pqk_fast.settings import (
+    ConfigError,
+    build,
+    check_bits,
+    check_choice,
+    check_sparsity,
+    check_types,
+    is_quantized,
+    require,
+)
 
 STEP_INITS = ("mean", "lsq", "max", "mse")
 STEP_LR_RULES = ("flat", "lsq")
 PHASE2_STEPS = ("frozen", "learned")
 STAGES = ("vanilla", "phase1", "phase2", "finetune", "distill")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be: the message says what was expected, what came and how to mend it."""
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean 'x'?"`` with the closest known name, or the list of them all; ``prefix`` goes before each."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(prefix + k for k in known)}"
-
-
-def check_bits(bits: int, otherwise: str = "") -> int:
-    """``bits`` itself if it is an int in 2..8, else ConfigError, whose message ends in ``otherwise``."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ConfigError(f"bits must be an integer in 2..8, got {bits!r}{otherwise}")
-    return bits
-
-
-def is_quantized(bits: int) -> bool:
-    """False for 32 bits: weights are pruned, but stay as they are otherwise."""
-    return bits != 32
-
-
-def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
-    """``sparsity`` itself if it lies in [0, 1), else ConfigError."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise ConfigError(f"{name} must lie in [0, 1): the fraction of weights pruned; got {sparsity!r}")
-    return sparsity
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def require(ok: bool, message: str) -> None:
-    """ConfigError with ``message`` unless ``ok``."""
-    if not ok:
-        raise ConfigError(message)
 
 
 def pruned_of_group(sparsity: float, group_size: int) -> int:
@@ -114,7 +77,7 @@ class PQKConfig:
     def __post_init__(self) -> None:
         if is_quantized(self.bits):
             check_bits(self.bits, "; or 32, to prune without quantization")
-        _check_types(self)
+        check_types(self)
         check_sparsity(self.sparsity)
         check_sparsity(self.initial_sparsity, "initial_sparsity")
         require(
@@ -164,12 +127,14 @@ class DataConfig:
     time_mask: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         check_choice("data.name", self.name, ("speech_commands", "spoken_words", "cifar100"))
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         require(self.classes >= 2, f"classes must be at least 2, got {self.classes}")
         for name in ("unknown", "silence", "time_mask"):
             require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
+        speech = self.name != "cifar100"
+        require(speech or self.time_mask == 0, f"data.time_mask is for speech, got {self.time_mask} for {self.name}")
         require(0 <= self.validation < 1, f"data.validation must lie in [0, 1), got {self.validation}")
 
 
@@ -200,7 +165,7 @@ class PhaseConfig:
     average_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         require(self.epoch_steps >= 1, f"epoch_steps must be at least 1, got {self.epoch_steps}")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
@@ -210,7 +175,8 @@ class PhaseConfig:
             f"lr_drops must be rising step numbers, got {self.lr_drops}",
         )
         require(self.lr_gamma > 0, f"lr_gamma must be positive, got {self.lr_gamma}")
-        require(self.lr_warmup >= 0, f"lr_warmup must be a number of steps, 0 or more, got {self.lr_warmup}")
+        warmup = self.lr_warmup
+        require(0 <= warmup <= self.steps, f"lr_warmup must be a number of the {self.steps} steps, got {warmup}")
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}")
         require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
@@ -254,7 +220,8 @@ class Phase2Config(PhaseConfig):
         check_choice("step_size", self.step_size, PHASE2_STEPS)
         rest, average = self.teacher_rest, self.teacher_average
         before = self.steps - rest if rest else 0
-        require(0 <= rest <= self.steps, f"teacher_rest must be 0 to phase 2's {self.steps} steps, got {rest}")
+        most = self.steps - self.distill_start
+        require(0 <= rest <= most, f"teacher_rest must be 0 to {most}, the steps with distillation, got {rest}")
         require(0 <= average <= before, f"teacher_average must be 0 to {before}, the steps before rest, got {average}")
         check_choice("forward", self.forward, ("auto", "two_pass", "stacked"))
 
@@ -266,7 +233,7 @@ class FinetuneConfig:
     lr: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require(self.lr > 0, f"finetune.lr must be positive, got {self.lr}")
 
 
@@ -281,7 +248,7 @@ class DistillConfig:
     co_study: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         require(self.co_study >= 0, f"distill.co_study must be a number of steps, 0 or more, got {self.co_study}")
 
 
@@ -339,61 +306,9 @@ class Recipe:
         )
 
 
-def to_dict(recipe: Any) -> dict[str, Any]:
-    """A recipe (or part of one) as nested plain dicts, ready for JSON."""
-    plain: dict[str, Any] = dataclasses.asdict(recipe)
-    return plain
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """``value`` from TOML as the type that the field declares; ConfigError if it is another."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        require(isinstance(value, Mapping), f"{where} must be a table ([{where}]), got {value!r}")
-        return _build(kind, value, where + ".")
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
-        return tuple(_convert(v, typing.get_args(kind)[0], where) for v in value)
-    if origin is not None:
-        require(isinstance(value, Mapping), f"{where} must be a table, got {value!r}")
-        return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    require(
-        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
-        f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})",
-    )
-    require(kind is not float or math.isfinite(value), f"{where} must be finite, got {value!r}")
-    return value
-
-
-@functools.cache
-def _kinds(cls: Any) -> dict[str, Any]:
-    """The types of a config's fields: slow to find, and asked for again and again."""
-    return typing.get_type_hints(cls)
-
-
-def _check_types(config: Any) -> None:
-    """Every field holds what it declares, a finite number where it is a float; else ConfigError."""
-    for name, kind in _kinds(type(config)).items():  # type: ignore[arg-type]
-        _convert(getattr(config, name), kind, name)
-
-
-def _build(cls: Callable[..., Any], values: Mapping[str, Any], where: str = "") -> Any:
-    kinds = _kinds(cls)
-    for key in values:
-        if key not in kinds:
-            raise ConfigError(f"unknown key {where + key!r}{nearest(key, kinds, where)}")
-    return cls(**{key: _convert(value, kinds[key], where + key) for key, value in values.items()})
-
-
 def recipe_from_dict(values: Mapping[str, Any], source: str = "a recipe") -> Recipe:
     """The inverse of :func:`to_dict` (tuples may have become lists); ``source`` is what errors call it."""
     missing = [key for key in ("name", "model") if key not in values]
     require(not missing, f"{source} must set {' and '.join(missing)}")
-    recipe: Recipe = _build(Recipe, values)
+    recipe: Recipe = build(Recipe, values)
     return recipe

@@ -9,8 +9,8 @@ from torch import nn
 
 from pqk_fast import ops
 from pqk_fast.branches import require_prepared
-from pqk_fast.config import is_quantized
 from pqk_fast.layers import PQKLayer
+from pqk_fast.settings import is_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pqk_fast import ops
 from pqk_fast.branches import pqk_layers, require_prepared
-from pqk_fast.config import is_quantized
 from pqk_fast.dual_batch_norm import DualBatchNorm
 from pqk_fast.layers import PQKLayer
 from pqk_fast.reference import levels, scaled
+from pqk_fast.settings import is_quantized
 from pqk_fast.sharding import whole
 
 Key = TypeVar("Key", bound=Hashable)

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk_fast import ops, sharding
-from pqk_fast.config import PQKConfig, is_quantized
+from pqk_fast.config import PQKConfig
+from pqk_fast.settings import is_quantized
 from pqk_fast.step_size import initial_step
 from pqk_fast.two_phase import TwoPhase, plain_copy, take_over, within_backward
 
@@ -75,6 +76,11 @@ class PQKLayer(TwoPhase):
         """Phase 2 freezes the step size, unless ``start_phase2`` was told otherwise; the mask is the Pruner's, which
         refuses phase 2."""
         super().set_phase(phase)
+        self.set_phase2_step(self.phase2_step)
+
+    def set_phase2_step(self, step_size: str) -> None:
+        """Whether in phase 2 the step size is "frozen" or "learned"."""
+        self.phase2_step = step_size
         self.weight_step.requires_grad_(self._step_learns())
         self.weight_step.grad = None
 

@@ -18,9 +18,11 @@ except ImportError:
         raise ImportError(f"pqk_fast.lightning needs Lightning ({error}): pip install 'pqk-fast[lightning]'") from error
 
 from pqk_fast.branches import require_prepared
+from pqk_fast.config import PHASE2_STEPS
 from pqk_fast.losses import DistillationLoss
-from pqk_fast.masks import Pruner
+from pqk_fast.masks import Pruner, keep_steps_positive
 from pqk_fast.prepare import start_phase2
+from pqk_fast.settings import check_choice
 
 
 class _PhaseCallback(Callback):
@@ -144,6 +146,7 @@ class Phase2Callback(_PhaseCallback):
         distill_start: optimizer steps of warm-up, in which every MutualDistillationLoss of the module has the weights 1
             and 0 (cross-entropy alone), and ``alpha`` and ``beta`` afterwards. None leaves the losses as they are.
         alpha, beta: the weights of cross-entropy and distillation after the warm-up.
+        step_size: "frozen" or "learned", see :func:`pqk_fast.start_phase2`; None leaves what it was told (frozen).
 
     Raises ValueError for an unprepared module, one of which nothing is pruned, a checkpoint of phase 1, and
     ``distill_start`` where the module has no such loss.
@@ -151,23 +154,43 @@ class Phase2Callback(_PhaseCallback):
 
     phase = 2
 
-    def __init__(self, distill_start: int | None = None, alpha: float = 0.5, beta: float = 0.5) -> None:
+    def __init__(
+        self,
+        distill_start: int | None = None,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        step_size: str | None = None,
+    ) -> None:
+        if step_size is not None:
+            check_choice("step_size", step_size, PHASE2_STEPS)
         self.distill_start = distill_start
         self.alpha = alpha
         self.beta = beta
+        self.step_size = step_size
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # A new module, of which nothing is pruned, can only be one that a checkpoint is about to bring into phase 2.
         layers = require_prepared(pl_module).values()
-        if stage == "fit" and not all(layer.weight_mask.all() for layer in layers):
+        if stage != "fit":
+            return
+        if all(layer.weight_mask.all() for layer in layers):
+            # A new module, of which nothing is pruned, can only be one that a checkpoint brings into phase 2.
+            for layer in layers:
+                layer.phase2_step = self.step_size or layer.phase2_step
+        else:
             self._start(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._start(pl_module)  # raises for a new module that no checkpoint has changed
 
     def _start(self, pl_module: Any) -> None:
-        if any(layer.phase == 1 for layer in require_prepared(pl_module).values()):
-            start_phase2(pl_module)
+        layer = next(iter(require_prepared(pl_module).values()))
+        step_size = self.step_size or layer.phase2_step
+        if (layer.phase, layer.phase2_step) != (2, step_size):
+            start_phase2(pl_module, step_size)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if any(layer.weight_step.requires_grad for layer in require_prepared(pl_module).values()):
+            keep_steps_positive(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if self.distill_start is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from pqk_fast import gpu, ops, sharding
 from pqk_fast.branches import config_of, require_prepared
-from pqk_fast.config import ConfigError, PQKConfig, is_quantized, pruned_of_group
+from pqk_fast.config import PQKConfig, pruned_of_group
 from pqk_fast.layers import PQKLayer
-from pqk_fast.patterns import of_layer
+from pqk_fast.patterns import names_by_weight, of_layer
 from pqk_fast.schedule import last_mask_step, sparsity_of_mask
+from pqk_fast.settings import ConfigError, is_quantized
 from pqk_fast.step_size import SMALLEST_STEP, initial_step
 
 
@@ -76,6 +78,21 @@ class _Groups(_Pool):
             sharding.group_mask_(masks[0], weights[0], self.size - self.pruned, self.size, group)
 
 
+@torch.no_grad()
+def _keep_positive(layers: Iterable[PQKLayer]) -> None:
+    steps = [sharding.local(layer.weight_step) for layer in layers]
+    torch._foreach_clamp_min_(steps, SMALLEST_STEP)
+
+
+def keep_steps_positive(model: nn.Module) -> None:
+    """After an ``optimizer.step()``: step sizes below 1e-12, where there is no grid, become 1e-12.
+
+    :meth:`Pruner.step` does it in phase 1, the trainer always; in a loop of your own call it in phase 2, if step sizes
+    learn there. Waits for no device. Raises ValueError for an unprepared model.
+    """
+    _keep_positive(require_prepared(model).values())
+
+
 class Pruner:
     """Iterative magnitude pruning for phase 1: call :meth:`step` after every ``optimizer.step()``.
 
@@ -123,7 +140,9 @@ class Pruner:
         self._unique = dict(unique.values())
         if self.config.step_tracking and any(sharding.is_sharded(layer.weight) for layer in layers.values()):
             raise ConfigError("step_tracking looks at whole weights, these are in shards (fully_shard): leave it 0")
-        self._pools = self._make_pools()
+        # under every name that a shared module has
+        named = model.named_modules(remove_duplicate=False)
+        self._pools = self._make_pools(names_by_weight({n: m for n, m in named if isinstance(m, PQKLayer)}))
         self._final_unseen = False
         self._counted = 0  # steps in this process, as against `iteration` of a run that was resumed
         self._all_ran = False
@@ -131,11 +150,11 @@ class Pruner:
         self._make_masks()
         self.check()
 
-    def _make_pools(self) -> list[_Pool]:
+    def _make_pools(self, names: dict[Tensor, list[str]]) -> list[_Pool]:
         pools: list[_Pool] = []
         shared: dict[str, PQKLayer] = {}
         for name, layer in self._unique.items():
-            own = of_layer("layer_sparsity", self.config.layer_sparsity, name)
+            own = of_layer("layer_sparsity", self.config.layer_sparsity, names[layer.weight])
             target = self.config.sparsity if own is None else own
             if self.config.scope == "group":
                 pools.append(_Groups(name, layer, target, self.config.group_size))
@@ -199,8 +218,7 @@ class Pruner:
         Can be captured in a CUDA graph, one for each value of ``due``, unless :meth:`why_not_capturable` says
         otherwise. The numbers of weights to keep lie on the device, where :meth:`advance` writes them before a replay.
         """
-        steps = [sharding.local(layer.weight_step) for layer in self._unique.values()]
-        torch._foreach_clamp_min_(steps, SMALLEST_STEP)
+        _keep_positive(self._unique.values())
         if due:
             self._make_masks()
         if due == 2:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pqk_fast import dispatch, reference
 from pqk_fast.autograd import FakeQuant, FakeQuantAll, PrunedOnly, apply
-from pqk_fast.config import check_bits, check_choice, is_quantized
 from pqk_fast.dual_ops import DualConv2d, DualLinear
 from pqk_fast.packing import pack_bits, pack_int4, pack_ints, unpack_bits, unpack_int4, unpack_ints
 from pqk_fast.reference import WEIGHT_DTYPES
@@ -34,6 +33,7 @@ from pqk_fast.selection import (
     topk_mask_,
     topk_threshold,
 )
+from pqk_fast.settings import check_bits, check_choice, is_quantized
 
 __all__ = [
     "NonFiniteWeightError",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pqk_fast import dispatch
-from pqk_fast.config import check_bits
+from pqk_fast.settings import check_bits
 
 
 def _check_integers(name: str, values: Tensor, low: int, high: int) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pqk_fast.config import ConfigError, nearest, require
+from pqk_fast.settings import ConfigError, nearest, require
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -16,10 +16,20 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".")
 
 
-def of_layer(setting: str, values: Mapping[str, Any], name: str) -> Any:
-    """What ``values`` (pattern -> value) say of the layer ``name``; None if nothing. ConfigError if they disagree."""
-    own = [value for pattern, value in values.items() if matches(name, pattern)]
-    require(len(set(own)) <= 1, f"{setting} names layer {name!r} by several patterns with {own}")
+def names_by_weight(layers: Mapping[str, Any]) -> dict[Any, list[str]]:
+    """Each weight's names: several if a module has them, or layers share the weight."""
+    names: dict[Any, list[str]] = {}
+    for name, layer in layers.items():
+        names.setdefault(layer.weight, []).append(name)
+    return names
+
+
+def of_layer(setting: str, values: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What ``values`` (pattern -> value) say of the layer that has these names; None if nothing. ConfigError if they
+    disagree."""
+    own = [value for pattern, value in values.items() if any(matches(name, pattern) for name in names)]
+    layer = " = ".join(map(repr, names))
+    require(len(set(own)) <= 1, f"{setting} names layer {layer} by several patterns with {own}: give it one value")
     return own[0] if own else None
 
 

@@ -13,13 +13,14 @@ from torch import nn
 
 from pqk_fast import sharding
 from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
-from pqk_fast.config import PHASE2_STEPS, STEP_LR_RULES, PQKConfig, check_choice
+from pqk_fast.config import PHASE2_STEPS, STEP_LR_RULES, PQKConfig
 from pqk_fast.dual_batch_norm import BATCH_NORMS, DualBatchNorm, DualSyncBatchNorm
 from pqk_fast.folding import fold_batch_norm
 from pqk_fast.fusion import unfuse
 from pqk_fast.layers import PQK_LAYERS, PQKLayer
-from pqk_fast.patterns import check_patterns, matches, of_layer
+from pqk_fast.patterns import check_patterns, matches, names_by_weight, of_layer
 from pqk_fast.reference import levels
+from pqk_fast.settings import check_choice
 from pqk_fast.two_phase import TwoPhase
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,6 +94,7 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
     candidates = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, tuple(_LAYER_OF))}
     check_patterns("exclude", config.exclude, candidates)
     excluded = {m for n, m in candidates.items() if any(matches(n, pattern) for pattern in config.exclude)}
+    names = names_by_weight(candidates)
     swapped: dict[nn.Module, nn.Module] = {}
     left_float: list[str] = []
     twins: dict[torch.Tensor, PQKLayer] = {}
@@ -106,7 +108,8 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
             if kind is None:
                 left_float.append(f"{name} ({type(module).__name__})")
                 continue
-            layer = kind.from_float(module, config, of_layer("layer_bits", config.layer_bits, name))
+            bits = of_layer("layer_bits", config.layer_bits, names.get(module.weight, [name]))
+            layer = kind.from_float(module, config, bits)
             _share_with_twin(layer, twins)
             swapped[module] = layer
     if not twins:
@@ -155,14 +158,19 @@ def start_phase2(model: Model, step_size: str = "frozen") -> Model:
     sizes no longer. Phase, masks and steps are in the state dict: to resume, ``prepare`` and load it, nothing more.
     With ``fully_shard`` the model stays as it is wrapped; DistributedDataParallel must be made anew.
 
-    With ``step_size="learned"`` the step sizes learn on, from the student's loss; then, to resume, load into a model on
-    which this has been called (from phase 1's state). Raises ValueError for an unprepared model, one already in phase
-    2, masks that prune nothing, or another ``step_size``.
+    With ``step_size="learned"`` the step sizes learn on, from the student's loss: call
+    :func:`~pqk_fast.masks.keep_steps_positive` after every ``optimizer.step()``. The state dict does not say so: to
+    resume, load it, and call this again, which in phase 2 changes that alone. Raises ValueError for an unprepared
+    model, one that is in phase 2 with this ``step_size`` already, masks that prune nothing, or another ``step_size``.
     """
     layers = require_prepared(model)
     check_choice("step_size", step_size, PHASE2_STEPS)
     if any(layer.phase == 2 for layer in layers.values()):
-        raise ValueError("the model is in phase 2 already")
+        if all(layer.phase2_step == step_size for layer in layers.values()):
+            raise ValueError(f"the model is in phase 2 already, its step sizes {step_size}")
+        for layer in layers.values():
+            layer.set_phase2_step(step_size)
+        return model
     if all(bool(layer.weight_mask.all()) for layer in layers.values()):
         raise ValueError(
             "no weight is pruned, so the full net has nothing of its own to learn: "
@@ -180,7 +188,7 @@ def start_phase2(model: Model, step_size: str = "frozen") -> Model:
         if isinstance(module, DualBatchNorm):
             module.start_teacher(how)
         if isinstance(module, PQKLayer):
-            module.phase2_step = step_size
+            module.set_phase2_step(step_size)
         if isinstance(module, TwoPhase):
             module.set_phase(2)
     model.stacked_is_right = None  # type: ignore[assignment]

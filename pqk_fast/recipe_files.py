@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pqk_fast.config import ConfigError, Recipe, nearest, recipe_from_dict, require
+from pqk_fast.config import Recipe, recipe_from_dict
+from pqk_fast.settings import ConfigError, nearest, require
 
 RECIPES = Path(str(resources.files("pqk_fast"))) / "recipes"
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pqk_fast import dispatch, reference
-from pqk_fast.config import check_sparsity
 from pqk_fast.reference import WEIGHT_DTYPES
+from pqk_fast.settings import check_sparsity
 
 
 def masked_count(weights: Sequence[Tensor], sparsity: float) -> int:

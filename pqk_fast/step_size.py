@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pqk_fast import reference
-from pqk_fast.config import STEP_INITS, check_bits, check_choice
+from pqk_fast.config import STEP_INITS
+from pqk_fast.settings import check_bits, check_choice
 
 MSE_CANDIDATES = 33
 SMALLEST_STEP = 1e-12

@@ -121,7 +121,9 @@ class Trainer:
         phase = self.recipe.phase2
         model = start_phase2(self.model, phase.step_size)
         objective = MutualDistillation(model, phase, phase.forward).to(self.device)
-        views: dict[str, Forward] = {"validation": model, "validation_f": branch(model, "teacher")}
+        views: dict[str, Forward] = {"validation": model}
+        if not phase.teacher_rest:  # the full net in the model ends as nobody's teacher
+            views["validation_f"] = branch(model, "teacher")
         return self._run(Stage("phase2", phase, model, objective, views), train, val)
 
     def finetune(self, train: Batches, val: Batches | None = None) -> StageResult:

@@ -8,7 +8,7 @@ from small_run import batches, net, recipe
 
 from pqk_fast import checkpoint as module
 from pqk_fast.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
-from pqk_fast.config import ConfigError
+from pqk_fast.settings import ConfigError
 from pqk_fast.trainer import Trainer
 
 

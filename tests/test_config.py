@@ -8,20 +8,16 @@ import pytest
 from small_run import recipe
 
 from pqk_fast.config import (
-    ConfigError,
     DataConfig,
     DistillConfig,
     FinetuneConfig,
     Phase2Config,
     PhaseConfig,
     PQKConfig,
-    check_bits,
-    check_sparsity,
-    nearest,
     recipe_from_dict,
-    to_dict,
 )
 from pqk_fast.patterns import matches
+from pqk_fast.settings import ConfigError, check_bits, check_sparsity, nearest, to_dict
 
 NAN, INF = math.nan, math.inf
 
@@ -52,6 +48,8 @@ def refused(message: str):
         (PQKConfig, {"layer_sparsity": {"conv0": NAN}}, "layer_sparsity['conv0'] must lie in [0, 1)"),
         (PQKConfig, {"layer_sparsity": {"conv0": "x"}}, "layer_sparsity['conv0'] must lie in [0, 1)"),
         (PQKConfig, {"layer_bits": {"conv0": 32}}, "bits must be an integer in 2..8, got 32 (layer_bits['conv0'])"),
+        (DataConfig, {"name": "cifar100", "time_mask": 5}, "data.time_mask is for speech, got 5 for cifar100"),
+        (PhaseConfig, {"steps": 30, "lr_warmup": 31}, "lr_warmup must be a number of the 30 steps, got 31"),
         (PQKConfig, {"layer_bits": {"re:(": 4}}, "'re:(' is not a regular expression: "),
         (PQKConfig, {"layer_sparsity": [0.5]}, "layer_sparsity must be a table, got [0.5]"),
         (PQKConfig, {"layer_sparsity": {"re:(": 0.5}}, "'re:(' is not a regular expression: "),

@@ -13,11 +13,11 @@ from test_packed import res8_narrow, student
 import pqk_fast as pqk
 from pqk_fast import cli
 from pqk_fast.checkpoint import Checkpoints
-from pqk_fast.config import to_dict
 from pqk_fast.deploy import sizes
 from pqk_fast.deploy.packed import load_packed, save_packed
 from pqk_fast.deploy.reader import read_packed
 from pqk_fast.recipe_files import load_recipe
+from pqk_fast.settings import to_dict
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import load_checkpoint
 from pqk_fast.commands import training
-from pqk_fast.config import DistillConfig, Phase2Config, PhaseConfig, to_dict
+from pqk_fast.config import DistillConfig, Phase2Config, PhaseConfig
 from pqk_fast.data.load import Splits
 from pqk_fast.experiments import run as experiments
 from pqk_fast.experiments.run import run_recipe
+from pqk_fast.settings import to_dict
 from pqk_fast.trainer import Trainer
 from pqk_fast.training.interrupts import Interrupted
 from pqk_fast.training.objectives import CrossEntropy, MutualDistillation, Objective, SeparateTeacher

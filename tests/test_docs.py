@@ -47,6 +47,8 @@ def test_the_readme_says_what_plus_reaches() -> None:
     for result, name in {"phase1_p": "phase1-P", "phase2_p": "phase2-P", "finetune": "finetuning"}.items():
         found = [results_of(5).sample(plus.PLUS, result, split=split).text() for split in ("validation", "testing")]
         assert f"{name} {' / '.join(found)}" in readme
+    student, finetuned = (results_of(5).sample(plus.PLUS, result) for result in ("phase2_p", "finetune"))
+    assert f"on testing phase 2 is {finetuned.minus(student).text()} points below finetuning" in readme
 
 
 def test_the_readme_says_what_ten_classes_gave() -> None:
@@ -60,13 +62,13 @@ def test_the_readme_says_what_ten_classes_gave() -> None:
 
     vanilla, phase1 = last("ec6ecdbf", "vanilla", "testing"), last("6df65e7f", "phase1_p", "testing")
     student, full_net = (last("16c1022a", result, "testing") for result in ("phase2_p", "phase2_f"))
-    assert f"vanilla {vanilla}, phase1-P {phase1}, phase2-P {student}, phase2-F {full_net};" in readme
-    paper, beyond = (last(run, "phase2_p", "validation") for run in ("16c1022a", "7bac930c"))
-    finetuned = last("fa7ded48", "finetune", "validation")
-    said = (
-        f"phase2-P has {paper}, and with `cifar100-resnet32-plus-w4-p90` {beyond} (finetuning from the same phase 1: "
+    assert f"vanilla {vanilla}, phase1-P {phase1}, phase2-P {student}, phase2-F {full_net}." in readme
+    runs = {"16c1022a": "phase2_p", "7bac930c": "phase2_p", "fa7ded48": "finetune"}
+    paper, beyond, finetuned = (
+        " / ".join(str(last(run, result, split)) for split in ("validation", "testing")) for run, result in runs.items()
     )
-    assert f"{said}{finetuned})" in readme
+    assert f"phase2-P {paper}, with `cifar100-resnet32-plus-w4-p90` {beyond}, and finetuning" in readme
+    assert f"from the latter's phase 1 {finetuned}." in readme
 
 
 def test_the_benchmarks_page_and_the_readme_say_what_the_record_says(bench: Callable, tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from test_cli import speech  # noqa: F401
 from test_runner import SETTINGS, TASKS, assert_same, one_thread, outcome_of, quiet, recipe  # noqa: F401
 
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
-from pqk_fast.config import to_dict
 from pqk_fast.experiments import runner
 from pqk_fast.experiments.runner import Runs, TaskError
 from pqk_fast.experiments.tasks import tasks_of
 from pqk_fast.record import write_record
+from pqk_fast.settings import to_dict
 from pqk_fast.training.interrupts import Interrupted, Interrupts
 
 

@@ -241,6 +241,25 @@ def test_phase2_resumed_is_phase2_uninterrupted(tmp_path: Path, step: int) -> No
     assert resumed.weights == whole.weights[step:]
 
 
+@pytest.mark.parametrize("step", [5, 8])
+def test_step_sizes_that_learn_in_phase2_go_on_so(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "middle.ckpt"
+    whole, resumed = pruned(), Distilled()
+    before = whole.net[0].weight_step.detach().clone()
+    fit(whole, Phase2Callback(step_size="learned"), Save(path, step))
+    assert not torch.equal(whole.net[0].weight_step, before)
+    fit(resumed, Phase2Callback(step_size="learned"), ckpt_path=path)
+    same_state(resumed, whole)
+    assert resumed.net[0].weight_step.requires_grad
+    fit(resumed, Phase2Callback(), max_epochs=1)
+    assert resumed.net[0].weight_step.requires_grad, "left as it was"
+    resumed.net[0].weight_step.data.fill_(-9.0)
+    fit(resumed, Phase2Callback(), max_epochs=1, limit_train_batches=1)
+    assert resumed.net[0].weight_step.item() == pytest.approx(1e-12)
+    with pytest.raises(ValueError, match="step_size must be one of frozen, learned; got 'free'"):
+        Phase2Callback(step_size="free")
+
+
 def test_phase2_starts_from_phase1s_checkpoint_and_leaves_losses_alone_if_not_told(tmp_path: Path) -> None:
     one = Net()
     fit(one, Phase1Callback()).save_checkpoint(tmp_path / "phase1.ckpt")

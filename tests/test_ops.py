@@ -18,7 +18,7 @@ from cases import (
 from torch import Tensor
 
 from pqk_fast import ops
-from pqk_fast.config import ConfigError
+from pqk_fast.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

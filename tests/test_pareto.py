@@ -1,6 +1,7 @@
 """Accuracy against bytes: which tasks, which students are worth training, the page, and the command."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pqk_fast.experiments import pareto
 from pqk_fast.experiments.pareto import Point
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.tasks import Task
+from pqk_fast.settings import ConfigError
 
 TINY = ["phase1.epoch_steps=2", "data.batch_size=8", "pqk.mask_interval=1"]
 
@@ -49,6 +51,30 @@ def test_the_front_is_what_none_with_as_few_bytes_beats() -> None:
         pareto.best_within([best, small], 99)
     with pytest.raises(ValueError, match="none is trained yet"):
         pareto.best_within([], 99)
+
+
+def test_each_student_is_planned_once() -> None:
+    tasks = pareto.plan(["res8", "res8"], [4, 2, 4], [0.5, 0.5], 300, 900, 1)
+    assert [task.recipe.pqk.bits for task in tasks] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["phase1.steps=3"], "--set phase1.steps=3: phase1.steps is each point's own, use --steps"),
+        (["vanilla.lr=0.1"], "--set vanilla.lr=0.1: vanilla is each point's own, use --dense-steps, and phase1 for"),
+        (["data.unknown=1.0", "seed=1"], "--set seed=1: seed is each point's own, use --seeds"),
+        (["stages=['vanilla']"], "use `pqk-fast train` for other stages"),
+    ],
+)
+def test_what_the_commands_options_say_cannot_be_set_otherwise(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        pareto.plan(["res8"], [2], [0.5], 300, 900, 1, settings)
+
+
+def test_bits_that_cannot_be_packed_are_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"bits must be an integer in 2\.\.8, got 32"):
+        pareto.plan(["res8"], [4, 32], [0.5], 300, 900, 1)
 
 
 def test_mixed_bits_are_chosen_on_the_student_of_most_bits() -> None:
@@ -141,5 +167,7 @@ def test_the_command_trains_what_is_missing(speech: Path, tmp_path: Path, capsys
         (2, False), (3, False), (4, False), (3, True)
     ]  # fmt: skip
     assert both[3]["bytes"] < both[2]["bytes"]
+    (out / "pareto.md").unlink()
     assert cli.main([*command, "--bytes", "10"]) != 0
+    assert (out / "pareto.md").is_file()
     assert "no student's file has at most 10 bytes" in capsys.readouterr().err

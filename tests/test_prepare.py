@@ -159,7 +159,21 @@ def test_a_weight_shared_with_a_module_that_is_not_prepared_is_refused():
 def test_shared_modules_are_known_by_each_of_their_names():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
-    assert list(pqk_layers(prepare(model, PQKConfig(exclude=("b",))))) == ["c"]
+    assert list(pqk_layers(prepare(copy.deepcopy(model), PQKConfig(exclude=("b",))))) == ["c"]
+    layers = pqk_layers(prepare(copy.deepcopy(model), PQKConfig(bits=8, layer_bits={"b": 2})))
+    assert {name: layer.bits for name, layer in layers.items()} == {"a": 2, "c": 8}
+    config = PQKConfig(sparsity=0.5, initial_sparsity=0.5, layer_sparsity={"b": 0.25})
+    pruned = prepare(copy.deepcopy(model), config)
+    Pruner(pruned, 1, 1)
+    assert {name: int((~layer.weight_mask).sum()) for name, layer in pqk_layers(pruned).items()} == {"a": 4, "c": 8}
+    with pytest.raises(ConfigError, match=r"layer_bits names layer 'a' = 'b' by several patterns with \[4, 2\]"):
+        prepare(model, PQKConfig(layer_bits={"a": 4, "b": 2}))
+
+
+def test_layers_of_one_weight_have_its_bits():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    assert [layer.bits for layer in pqk_layers(prepare(model, PQKConfig(layer_bits={"b": 2}))).values()] == [2, 2]
 
 
 def test_norms_that_will_share_statistics_are_named():

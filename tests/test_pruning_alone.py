@@ -14,8 +14,9 @@ from torch._dynamo.utils import counters
 import pqk_fast as pqk
 from pqk_fast import ops
 from pqk_fast.branches import pqk_layers
-from pqk_fast.config import ConfigError, Phase2Config
+from pqk_fast.config import Phase2Config
 from pqk_fast.guards import find_problems
+from pqk_fast.settings import ConfigError
 from pqk_fast.trainer import Trainer
 
 CONFIG = pqk.PQKConfig(bits=32, sparsity=0.7, mask_interval=8, scope="layer")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pqk_fast.config import ConfigError, DistillConfig, PhaseConfig, Recipe, recipe_from_dict, to_dict
+from pqk_fast.config import DistillConfig, PhaseConfig, Recipe, recipe_from_dict
 from pqk_fast.recipe_files import RECIPES, load_recipe, recipe_names
 from pqk_fast.schedule import last_mask_step, sparsity_of_mask
+from pqk_fast.settings import ConfigError, to_dict
 
 
 def refused(message: str):
@@ -205,6 +206,8 @@ def test_round_trip_through_json(name: str) -> None:
         ("pqk.bits=32", "pqk.bits", 32),
         ("pqk.layer_sparsity={'conv0': 0.5}", "pqk.layer_sparsity", {"conv0": 0.5}),
         ("pqk.layer_sparsity.conv0=0.25", "pqk.layer_sparsity", {"conv0": 0.25}),
+        ("pqk.layer_bits.layer1.0.conv1=3", "pqk.layer_bits", {"layer1.0.conv1": 3}),
+        ("pqk.layer_bits.re:.*head=3", "pqk.layer_bits", {"re:.*head": 3}),
     ],
 )
 def test_override(pair: str, path: str, expected: object) -> None:

@@ -8,7 +8,6 @@ import pytest
 from cases import package
 
 from pqk_fast import cli
-from pqk_fast.config import ConfigError, to_dict
 from pqk_fast.experiments import paper, pictures, tables
 from pqk_fast.experiments.reproduce import make_page, plan
 from pqk_fast.experiments.results import Results, Sample
@@ -16,6 +15,7 @@ from pqk_fast.experiments.run import RESULT_NAMES
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.targets import TARGETS, cells_of
 from pqk_fast.record import environment, write_record
+from pqk_fast.settings import ConfigError, to_dict
 
 BASE = paper.TABLE2_RECIPE
 LAYERS = [{"name": name, "shape": [4, 5], "weights": 20, "kept": 2} for name in ("first", "second")]

@@ -11,9 +11,10 @@ from torch import nn
 
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint
-from pqk_fast.config import ConfigError, PhaseConfig
+from pqk_fast.config import PhaseConfig
 from pqk_fast.data.cifar import CifarSplit
 from pqk_fast.data.cifar_batches import CifarBatches
+from pqk_fast.settings import ConfigError
 from pqk_fast.trainer import Trainer
 from pqk_fast.training.interrupts import Interrupted
 from pqk_fast.training.loop import TrainingDivergedError

@@ -16,12 +16,12 @@ from test_cli import speech  # noqa: F401
 
 from pqk_fast import gpu
 from pqk_fast.checkpoint import Checkpoints, load_checkpoint
-from pqk_fast.config import ConfigError, to_dict
 from pqk_fast.data.load import load_splits
 from pqk_fast.experiments.run import new_model, run_recipe, train_stage
 from pqk_fast.experiments.runner import Runs
 from pqk_fast.experiments.tasks import tasks_of
 from pqk_fast.recipe_files import load_recipe
+from pqk_fast.settings import ConfigError, to_dict
 from pqk_fast.training.interrupts import Interrupted
 from pqk_fast.training.loop import Loop
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import pqk_fast as pqk
 from pqk_fast.branches import pqk_layers
-from pqk_fast.config import ConfigError, PhaseConfig
+from pqk_fast.config import PhaseConfig
+from pqk_fast.settings import ConfigError
 from pqk_fast.trainer import Trainer
 
 

@@ -5,7 +5,8 @@ import torch
 from cases import CASES, Case, quantizer_inputs
 
 from pqk_fast import reference
-from pqk_fast.config import STEP_INITS, ConfigError
+from pqk_fast.config import STEP_INITS
+from pqk_fast.settings import ConfigError
 from pqk_fast.step_size import initial_step
 
 WEIGHT = torch.tensor([[1.0, -2.0, 100.0], [3.0, 14.0, 0.0]])

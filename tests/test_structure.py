@@ -23,6 +23,7 @@ ORDER = (
     "triton_kernels",
     "gpu",
     "native",
+    "settings",
     "config",
     "patterns",
     "recipe_files",
@@ -62,7 +63,7 @@ ORDER = (
 # Parts that stand beside that order, and what each may import. Only experiments and what comes after may import them.
 LEAVES = {
     "models": ("pooling",),
-    "data": ("files", "config"),
+    "data": ("files", "settings", "config"),
     "record": ("files",),
     "pages": ("files",),
     "plots": (),
@@ -201,4 +202,4 @@ def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
     assert "trainer" not in allowed("ops")
     assert "models" not in allowed("trainer")
     assert {"ops", "models"} < allowed("experiments.run")
-    assert allowed("data.load") == {"files", "config"}
+    assert allowed("data.load") == {"files", "settings", "config"}

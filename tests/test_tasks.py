@@ -8,10 +8,11 @@ from types import ModuleType
 import pytest
 
 from pqk_fast import config
-from pqk_fast.config import Phase2Config, PhaseConfig, PQKConfig, Recipe, recipe_from_dict, to_dict
+from pqk_fast.config import Phase2Config, PhaseConfig, PQKConfig, Recipe, recipe_from_dict
 from pqk_fast.experiments import tasks
 from pqk_fast.experiments.tasks import NEEDS, STAGE_SEEDS, tasks_of
 from pqk_fast.recipe_files import load_recipe
+from pqk_fast.settings import to_dict
 
 CELL = "kws-res8-narrow-w4-p90"
 STAGES = ("vanilla", "phase1", "finetune", "distill", "phase2")

@@ -14,9 +14,10 @@ from test_resume import SHORT, StopAt, assert_same, outcome, trainer
 from test_train_ranks import parts
 
 from pqk_fast.branches import branch, pqk_layers
-from pqk_fast.config import ConfigError, Phase2Config
+from pqk_fast.config import Phase2Config
 from pqk_fast.losses import DistillationLoss
 from pqk_fast.prepare import convert
+from pqk_fast.settings import ConfigError
 from pqk_fast.trainer import Trainer
 from pqk_fast.training.averaging import BATCHES
 from pqk_fast.training.interrupts import Interrupted
@@ -157,14 +158,24 @@ def fit_on_rank():
     return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
 
 
+def test_a_full_net_that_ends_as_nobodys_teacher_has_no_curve():
+    run = Trainer(net(), recipe(**{**SHORT, "phase2": FROZEN}))
+    result = run.fit(batches(0), batches(1))["phase2"]
+    assert list(result.views) == list(result.best) == ["validation"]
+    assert not any("validation_f" in row for row in result.rows)
+
+
 def test_ranks_do_not_wait_for_a_full_net_that_rests():
     one, other = on_ranks(fit_on_rank)
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_more_steps_than_phase_2_has_are_refused():
-    with pytest.raises(ConfigError, match="teacher_rest must be 0 to phase 2's 20 steps, got 21"):
+    most = FROZEN.steps - FROZEN.distill_start
+    with pytest.raises(ConfigError, match=f"teacher_rest must be 0 to {most}, the steps with distillation, got 21"):
         replace(FROZEN, teacher_rest=21)
+    with pytest.raises(ConfigError, match=f"got {most + 1}"):
+        replace(FROZEN, teacher_rest=most + 1)
     with pytest.raises(ConfigError, match="teacher_average must be 0 to 11, the steps before rest, got 12"):
         replace(FROZEN, teacher_average=12)
     with pytest.raises(ConfigError, match="teacher_average must be 0 to 0, "):

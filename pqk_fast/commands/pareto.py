@@ -86,11 +86,11 @@ def run_pareto(args: argparse.Namespace) -> None:
     console.print(pareto.table_of("Students that none with as few bytes beats", pareto.front(points)).rich())
     if missing := len(tasks) - sum(len(point.validation) for point in points):
         console.print(f"{missing} of {len(tasks)} are not trained yet")
+    paths = pareto.make_page(record).write(args.page or args.out, "pareto")
+    console.print(escape(f"written: {', '.join(map(str, [path, *paths]))}"))
     if args.bytes:
         best = pareto.best_within(points, args.bytes)
         console.print(f"for {args.bytes:,} bytes: {best.name}: {best.sample.text()} % in {best.bytes:,} bytes")
-    paths = pareto.make_page(record).write(args.page or args.out, "pareto")
-    console.print(escape(f"written: {', '.join(map(str, [path, *paths]))}"))
 
 
 def _mixed(runs: Runs, tasks: list[Task], args: argparse.Namespace) -> list[Task]:

@@ -21,11 +21,11 @@ from pqk_fast.commands.options import (
     jobs_of,
     step_options,
 )
-from pqk_fast.config import ConfigError
 from pqk_fast.experiments import plus
 from pqk_fast.experiments.reproduce import TARGETS, make_page, plan, train_missing
 from pqk_fast.experiments.results import Results
 from pqk_fast.experiments.runner import Runs
+from pqk_fast.settings import ConfigError
 
 
 def add(commands: Commands) -> None:

@@ -27,7 +27,7 @@ from pqk_fast.commands.options import (
     console,
     step_options,
 )
-from pqk_fast.config import Recipe, recipe_from_dict, to_dict
+from pqk_fast.config import Recipe, recipe_from_dict
 from pqk_fast.data.load import Batches, Splits, load_splits, make_words, speech_splits, word_folder_batches
 from pqk_fast.data.spoken_words import write_spoken_words
 from pqk_fast.experiments.run import RESULT_NAMES, check_run, run_recipe
@@ -35,6 +35,7 @@ from pqk_fast.models import create_model
 from pqk_fast.prepare import prepare
 from pqk_fast.recipe_files import load_recipe
 from pqk_fast.record import read_record
+from pqk_fast.settings import to_dict
 from pqk_fast.tensorboard import TensorBoardCallback
 from pqk_fast.training.metrics import accuracy
 from pqk_fast.training.ranks import Ranks, join, leave

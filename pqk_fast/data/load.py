@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk_fast.config import ConfigError, DataConfig, Recipe
+from pqk_fast.config import DataConfig, Recipe
 from pqk_fast.data.cifar import load_cifar100
 from pqk_fast.data.cifar_batches import CifarBatches
 from pqk_fast.data.speech_batches import SpeechBatches
 from pqk_fast.data.speech_commands import LABELS, SPLITS, SpeechCommands, load_speech_commands, load_word_folders
 from pqk_fast.data.spoken_words import make_spoken_words
+from pqk_fast.settings import ConfigError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from pqk_fast import reference
-from pqk_fast.config import is_quantized
 from pqk_fast.layers import PQKLayer
+from pqk_fast.settings import is_quantized
 
 Int8s = np.ndarray[Any, np.dtype[np.int8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]

@@ -20,12 +20,12 @@ from torch.export import ExportedProgram
 
 from pqk_fast import reference
 from pqk_fast.branches import require_prepared
-from pqk_fast.config import is_quantized
 from pqk_fast.deploy.encodings import encode
 from pqk_fast.deploy.integers import integers_of
 from pqk_fast.deploy.program import Example, described, trace
 from pqk_fast.files import replacing
 from pqk_fast.layers import PQKLayer
+from pqk_fast.settings import is_quantized
 
 OPSET = 21  # the first with INT4
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pqk_fast import ops
 from pqk_fast.branches import require_prepared
-from pqk_fast.config import check_bits, check_sparsity
 from pqk_fast.deploy.encodings import smallest
 from pqk_fast.deploy.integers import integers_of
 from pqk_fast.layers import PQKLayer
+from pqk_fast.settings import check_bits, check_sparsity
 from pqk_fast.step_size import initial_step
 from pqk_fast.training.metrics import evaluated
 
@@ -45,9 +45,9 @@ def sensitivity(
     """The student of a prepared model as it is, then with one layer after the other changed, each as it is measured.
 
     With fewer bits a layer's quantized weights are quantized anew, at the step size of least squared error (not the
-    latent ones, which may lie far outside the grid); its own bits stand beside them. Pruned further it keeps its
-    largest latent weights, and its step size. Nothing is trained; the model is as it was after every row. More bits
-    than a layer has, and sparsities that it has already, are left out.
+    latent ones, which may lie far outside the grid); its own bits stand beside them. Pruned further it keeps the
+    largest of the latent weights that it has kept, and its step size. Nothing is trained; the model is as it was after
+    every row. More bits than a layer has, and sparsities that it has already, are left out.
 
     Args:
         model: a prepared model; its student is measured, in evaluation mode.
@@ -74,7 +74,9 @@ def sensitivity(
             if part <= 1 - float(layer.weight_mask.float().mean()):
                 continue
             with _changed(layer):
-                layer.weight_mask.copy_(ops.topk_mask([layer.weight.detach()], part)[0])
+                # Pruned weights may be larger than kept ones: the full net learns them.
+                kept = torch.where(layer.weight_mask, layer.weight.detach(), 0)
+                layer.weight_mask.logical_and_(ops.topk_mask([kept], part)[0])
                 yield Row(name, "sparsity", part, payload(name, layer), *_measured(model, batches))
 
 

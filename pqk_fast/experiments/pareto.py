@@ -15,6 +15,7 @@ from pqk_fast.experiments.tasks import Task, tasks_of
 from pqk_fast.pages import Page, Table
 from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
 from pqk_fast.recipe_files import load_recipe
+from pqk_fast.settings import check_bits, require
 
 BASE = "kws-res8-narrow-plus-w4-p90"
 MARKERS = "os^Dv*P"
@@ -52,6 +53,19 @@ class Point:
         return f"mixed, as {self.bits}" if self.mixed else str(self.bits)
 
 
+# What a point's settings are, beside the options that say so.
+OWN_OPTIONS = {
+    "model": "--models",
+    "pqk.bits": "--bits",
+    "pqk.sparsity": "--sparsities",
+    "phase1.steps": "--steps",
+    "vanilla": "--dense-steps, and phase1 for the rest",
+    "seed": "--seeds",
+    "stages": "`pqk-fast train` for other stages",
+    "phase1_start": "`pqk-fast train` for a start from scratch",
+}
+
+
 def settings_of(model: str, bits: int, sparsity: float, steps: int, seed: int) -> list[str]:
     """What makes the base recipe a point's: phase 1 alone, short, from the dense network; the last part of it without
     new masks."""
@@ -78,13 +92,21 @@ def plan(
 ) -> list[Task]:
     """A task for every point and seed; the dense networks, trained for ``dense_steps``, are their parents.
 
-    ``settings`` (``KEY=VALUE``) come last.
+    ``settings`` (``KEY=VALUE``) come last. Raises ConfigError for bits outside 2..8, and for settings that are a
+    point's own.
     """
+    for number in bits:
+        check_bits(number)
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        for name, option in OWN_OPTIONS.items():
+            ours = key == name or key.startswith(name + ".")
+            require(not ours, f"--set {setting}: {name} is each point's own, use {option}")
     tasks = []
-    for model in models:
+    for model in dict.fromkeys(models):
         for seed in range(seeds):
-            for number in bits:
-                for part in sparsities:
+            for number in dict.fromkeys(bits):
+                for part in dict.fromkeys(sparsities):
                     own = settings_of(model, number, part, steps, seed)
                     recipe = load_recipe(BASE, [*own, *settings])
                     dense = replace(recipe.phase1, steps=dense_steps)

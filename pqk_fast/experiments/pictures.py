@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pqk_fast.experiments.results import Sample
 from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
 from pqk_fast.report import BLACK, BLUE, GREEN, GREY, VERMILION
-
-if TYPE_CHECKING:
-    pass
 
 Records = Mapping[int, Mapping[str, Any]]  # by seed
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pqk_fast.experiments import paper, pictures
@@ -14,6 +14,7 @@ from pqk_fast.experiments.tables import verdict
 from pqk_fast.experiments.tasks import Task
 from pqk_fast.pages import Page, Table
 from pqk_fast.report import LABELS
+from pqk_fast.settings import nearest, require
 
 PAPER = paper.TABLE2_RECIPE
 PLUS = "kws-res8-narrow-plus-w4-p90"
@@ -42,16 +43,27 @@ class Trial:
     settings: tuple[str, ...]
     without: tuple[Ingredient, ...] = ()
 
-    @property
-    def base(self) -> tuple[str, ...]:
-        """Settings that make ``plus`` what the trial is compared with."""
-        return plus_without(*self.without)[1]
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the page: a recipe with settings, and the one that it is compared with."""
+
+    title: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+    base: Row | None = None
 
 
-def plus_without(*parts: Ingredient) -> tuple[str, tuple[str, ...]]:
-    """Title and settings of ``plus`` with these left out."""
+PAPERS = Row("the paper's recipe", PAPER)
+WHOLE = Row("plus", PLUS)
+
+
+def plus_without(*parts: Ingredient) -> Row:
+    """``plus`` with these left out."""
+    if not parts:
+        return WHOLE
     title = " - ".join(["plus", *(part.title for part in parts)])
-    return title, tuple(setting for part in parts for setting in part.leave_out)
+    return Row(title, PLUS, tuple(setting for part in parts for setting in part.leave_out), WHOLE)
 
 
 COPY = Ingredient(
@@ -106,26 +118,37 @@ TRIALS = (
 )
 
 
-def ablations() -> list[tuple[str, str, tuple[str, ...]]]:
-    """Title, recipe and settings of each row of the ablation's table."""
-    added = [(f"the paper's + {part.title}", PAPER, part.add) for part in INGREDIENTS]
-    left_out = [plus_without(*parts) for parts in (*((part,) for part in INGREDIENTS), ())]
-    return [("the paper's recipe", PAPER, ()), *added, *((title, PLUS, settings) for title, settings in left_out)]
+def ablations() -> list[Row]:
+    """Each ingredient alone added to the paper's recipe, and alone left out of ``plus``."""
+    added = [Row(f"the paper's + {part.title}", PAPER, part.add, PAPERS) for part in INGREDIENTS]
+    return [PAPERS, *added, *(plus_without(part) for part in INGREDIENTS), WHOLE]
+
+
+def trials() -> list[Row]:
+    """Everything that was tried, on what it was tried."""
+    bases = [plus_without(*trial.without) for trial in TRIALS]
+    pairs = zip(TRIALS, bases, strict=True)
+    return [Row(trial.title, PLUS, (*base.settings, *trial.settings), base) for trial, base in pairs]
+
+
+def teachers() -> list[Row]:
+    """``plus`` with and without the ingredients of phase 2, and what else was tried on the teacher."""
+    rows = [plus_without(*parts) for parts in ((), (COPY,), (LEARNED,), (COPY, LEARNED))]
+    return [*rows, Row(f"plus, {GENTLE.title}", PLUS, GENTLE.settings, WHOLE)]
 
 
 def plan(results: Results, cells: Sequence[str] = ()) -> list[Task]:
-    """All tasks of the page, each once; with ``cells`` only rows of these titles' words."""
-    return list({task.key: task for task in _tasks(results, cells)}.values())
-
-
-def _tasks(results: Results, cells: Sequence[str]) -> Iterator[Task]:
-    trials = [(trial.title, PLUS, (*trial.base, *trial.settings)) for trial in TRIALS]
-    for title, recipe, settings in [*ablations(), *trials]:
-        if cells and not any(word in title for word in cells):
-            continue
-        bare = not settings
-        stages = ALL_STAGES if bare else ("phase1", "phase2")
-        yield from results.tasks(recipe, stages, WITH_ALL, *settings)
+    """All tasks of the page, each once; with ``cells`` only rows of these titles' words. ConfigError if one is in no
+    title."""
+    rows: list[tuple[Row, tuple[str, ...]]] = []
+    rows += [(row, ("phase1", "phase2") if row.base else ALL_STAGES) for row in [*ablations(), *trials()]]
+    rows += [(row, ("phase1", "finetune", "phase2")) for row in teachers()]
+    titles = [row.title for row, _ in rows]
+    for word in cells:
+        require(any(word in title for title in titles), f"plus has no row of {word!r}{nearest(word, titles)}")
+    chosen = [(row, stages) for row, stages in rows if not cells or any(word in row.title for word in cells)]
+    tasks = [task for row, stages in chosen for task in results.tasks(row.recipe, stages, WITH_ALL, *row.settings)]
+    return list({task.key: task for task in tasks}.values())
 
 
 def make_page(results: Results) -> Page:
@@ -147,9 +170,10 @@ def make_page(results: Results) -> Page:
     page.heading("What plus is")
     page.items([f"{part.title}: {part.text}." for part in INGREDIENTS])
     page.heading("What each ingredient gives")
+    page.text("Alone added to the paper's recipe, and alone left out of plus, each against that with the same seeds.")
     page.table(_ablations(results))
     try:
-        samples = [(title, _sample(results, row, "phase2_p", *settings)) for title, row, settings in ablations()]
+        samples = [(row.title, _sample(results, row, "phase2_p")) for row in ablations()]
         page.picture(
             "ablation",
             pictures.side_by_side(samples, "plus", "Validation accuracy of phase 2's student"),
@@ -163,64 +187,63 @@ def make_page(results: Results) -> Page:
     page.heading("What was tried, and left out")
     page.text("Each against what it was tried on, with the same seeds.")
     page.table(_trials(results))
-    if waiting := [
-        trial.title for trial in TRIALS if not _sample(results, PLUS, "phase2_p", *trial.base, *trial.settings)
-    ]:
+    if waiting := [row.title for row in trials() if not _sample(results, row, "phase2_p")]:
         page.text(f"Not trained yet: {'; '.join(waiting)}.")
     return page
 
 
-def _sample(results: Results, recipe: str, result: str, *settings: str, split: str = "validation") -> Sample:
-    return results.sample(recipe, result, WITH_ALL, *settings, split=split)
+def _sample(results: Results, row: Row, result: str, split: str = "validation") -> Sample:
+    return results.sample(row.recipe, result, WITH_ALL, *row.settings, split=split)
 
 
 def _against_the_paper(results: Results) -> Table:
-    table = Table(
-        "Accuracy (%)", ("", *(f"{name}, {split}" for name in ("paper's", "plus") for split in SPLITS), "seeds")
-    )
+    columns = [f"{name}, {column}" for name in ("paper's", "plus") for column in (*SPLITS, "seeds")]
+    table = Table("Accuracy (%)", ("", *columns))
     for result in ("vanilla", *STUDENTS):
-        samples = [_sample(results, recipe, result, split=split) for recipe in (PAPER, PLUS) for split in SPLITS]
-        table.rows.append([LABELS[result], *(sample.text() for sample in samples), str(len(samples[-1]))])
+        cells = [LABELS[result]]
+        for row in (PAPERS, WHOLE):
+            samples = [_sample(results, row, result, split) for split in SPLITS]
+            cells += [*(sample.text() for sample in samples), str(len(samples[-1]))]
+        table.rows.append(cells)
     return table
 
 
 def _teacher_or_not(results: Results) -> str:
     """The sentence on what phase 2 gives that finetuning does not."""
-    student, finetuned = (_sample(results, PLUS, result, split="testing") for result in ("phase2_p", "finetune"))
+    student, finetuned = (_sample(results, WHOLE, result, "testing") for result in ("phase2_p", "finetune"))
     return verdict("phase2-P of plus", "finetuning from the same phase 1", student.minus(finetuned))
 
 
-SHOWN = ("phase1_p", "finetune", "phase2_p")
+def _compared(results: Results, row: Row) -> list[str]:
+    """Cells: phase 1, phase 2, how much that is above the base's, and seeds; of those that row and base both have."""
+    phase1, phase2 = (_sample(results, row, result) for result in ("phase1_p", "phase2_p"))
+    above = Sample({}) if row.base is None else phase2.minus(_sample(results, row.base, "phase2_p"))
+    seeds = above.values or phase2.values
+    return [phase1.of(seeds).text(), phase2.of(seeds).text(), above.text(sign=True), str(len(seeds))]
+
+
+COMPARED = (LABELS["phase1_p"], LABELS["phase2_p"], "phase2-P above it", "seeds")
 
 
 def _ablations(results: Results) -> Table:
-    table = Table("Validation accuracy (%)", ("", *(LABELS[result] for result in SHOWN), "seeds"))
-    for title, recipe, settings in ablations():
-        samples = [_sample(results, recipe, result, *settings) for result in SHOWN]
-        table.rows.append([title, *(sample.text() for sample in samples), str(len(samples[-1]))])
+    table = Table("Validation accuracy (%)", ("", *COMPARED))
+    table.rows += [[row.title, *_compared(results, row)] for row in ablations()]
     return table
 
 
 def _teachers(results: Results) -> Table:
-    """Of plus, with and without the ingredients of phase 2, and of what else was tried on the teacher."""
-    rows = [plus_without(*parts) for parts in ((), (COPY,), (LEARNED,), (COPY, LEARNED))]
-    rows.append((f"plus, {GENTLE.title}", GENTLE.settings))
     table = Table("phase2-P minus finetune, validation (points)", ("", "difference", "seeds"))
-    for title, settings in rows:
-        student, finetuned = (_sample(results, PLUS, result, *settings) for result in ("phase2_p", "finetune"))
+    for row in teachers():
+        student, finetuned = (_sample(results, row, result) for result in ("phase2_p", "finetune"))
         difference = student.minus(finetuned)
-        table.rows.append([title, difference.text(sign=True), str(len(difference))])
+        table.rows.append([row.title, difference.text(sign=True), str(len(difference))])
     return table
 
 
 def _trials(results: Results) -> Table:
     """Of the trials of which at least one seed is trained."""
-    columns = ("", "tried on", *(LABELS[result] for result in SHOWN), "phase2-P above it", "seeds")
-    table = Table("Validation accuracy (%)", columns)
-    for trial in TRIALS:
-        samples = [_sample(results, PLUS, result, *trial.base, *trial.settings) for result in SHOWN]
-        if len(samples[-1]):
-            difference = samples[-1].minus(_sample(results, PLUS, "phase2_p", *trial.base))
-            cells = [*(sample.text() for sample in samples), difference.text(sign=True), str(len(difference))]
-            table.rows.append([trial.title, plus_without(*trial.without)[0], *cells])
+    table = Table("Validation accuracy (%)", ("", "tried on", *COMPARED))
+    for row in trials():
+        if row.base is not None and _sample(results, row, "phase2_p"):
+            table.rows.append([row.title, row.base.title, *_compared(results, row)])
     return table

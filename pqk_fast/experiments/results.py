@@ -39,6 +39,10 @@ class Sample:
         """The differences, of the seeds that both have."""
         return Sample({seed: self.values[seed] - other.values[seed] for seed in self.values if seed in other.values})
 
+    def of(self, seeds: Iterable[int]) -> Sample:
+        """Those of these seeds alone."""
+        return Sample({seed: self.values[seed] for seed in seeds if seed in self.values})
+
     def text(self, sign: bool = False) -> str:
         """Such as "81.2 ± 1.3", one figure without the spread, "-" for none."""
         if not self.values:

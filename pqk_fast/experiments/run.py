@@ -14,11 +14,12 @@ from torch import nn
 from pqk_fast.branches import pqk_layers
 from pqk_fast.callbacks import Callback
 from pqk_fast.checkpoint import Checkpoints
-from pqk_fast.config import ConfigError, Recipe, to_dict
+from pqk_fast.config import Recipe
 from pqk_fast.data.load import Splits
 from pqk_fast.experiments.tasks import STAGE_SEEDS
 from pqk_fast.models import create_model
 from pqk_fast.record import environment, write_record
+from pqk_fast.settings import ConfigError, to_dict
 from pqk_fast.trainer import Trainer
 from pqk_fast.training.loop import StageResult, copy_of_state
 from pqk_fast.training.metrics import accuracy, confusion, layer_statistics

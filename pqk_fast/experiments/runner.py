@@ -18,12 +18,13 @@ from rich.console import Console
 
 from pqk_fast.callbacks import Callback, Row
 from pqk_fast.checkpoint import Checkpoints
-from pqk_fast.config import ConfigError, DataConfig, Recipe, recipe_from_dict, to_dict
+from pqk_fast.config import DataConfig, Recipe, recipe_from_dict
 from pqk_fast.data.load import Splits, load_splits
 from pqk_fast.experiments.board import Board
 from pqk_fast.experiments.run import check_classes, new_model, record_of, train_stage
 from pqk_fast.experiments.tasks import Task
 from pqk_fast.record import read_record, write_record
+from pqk_fast.settings import ConfigError, to_dict
 from pqk_fast.trainer import Trainer
 from pqk_fast.training.interrupts import Interrupted, Interrupts
 from pqk_fast.training.run_state import first_difference

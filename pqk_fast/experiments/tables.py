@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pqk_fast.config import is_quantized
 from pqk_fast.experiments import paper
 from pqk_fast.experiments.results import Results, Sample
 from pqk_fast.pages import Table
 from pqk_fast.report import LABELS
+from pqk_fast.settings import is_quantized
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from pqk_fast.config import ConfigError, nearest
 from pqk_fast.experiments import paper
 from pqk_fast.experiments.results import STAGE_OF, Results
 from pqk_fast.experiments.tables import METHODS, table2_rows
 from pqk_fast.experiments.tasks import Task
+from pqk_fast.settings import ConfigError, nearest
 
 TARGETS = ("table1", "table2", "fig2", "baselines")
 

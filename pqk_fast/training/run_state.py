@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from pqk_fast.checkpoint import CheckpointError, Checkpoints
-from pqk_fast.config import ConfigError, Recipe, check_choice, recipe_from_dict, to_dict
+from pqk_fast.config import Recipe, recipe_from_dict
+from pqk_fast.settings import ConfigError, check_choice, to_dict
 from pqk_fast.training.ranks import Ranks
 from pqk_fast.training.steps import PRECISIONS
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk_fast.masks import Pruner
+from pqk_fast.branches import pqk_layers
+from pqk_fast.masks import Pruner, keep_steps_positive
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 3  # steps before a capture: libraries choose algorithms, the optimizer makes its momentum
@@ -40,6 +41,7 @@ class Step:
         self.pruner = pruner
         self.device = torch.device(device)
         self._dtype = PRECISIONS[precision]
+        self._steps_learn = any(layer.weight_step.requires_grad for layer in pqk_layers(objective).values())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def set_lr(self, lr: float) -> None:
@@ -62,6 +64,8 @@ class Step:
         self.scaler.update()
         if self.pruner is not None:
             self.pruner.update(due)
+        elif self._steps_learn:
+            keep_steps_positive(self.objective)
         return loss.detach()
 
     def _autocast(self) -> Any:
