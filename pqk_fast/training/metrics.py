@@ -116,4 +116,6 @@ def first_nonfinite(model: nn.Module, x: Tensor, forwards: Iterable[Forward]) ->
     finally:
         for handle in handles:
             handle.remove()
-    return f"layer {found[0]!r} gives the first output that is not finite" if found else "the loss itself is not finite"
+    if found:
+        return f"layer {found[0]!r} gives the first output that is not finite"
+    return "weights, input and all outputs of layers are finite"
