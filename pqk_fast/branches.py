@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,13 @@ def _map(function: Callable[[Tensor], Any], tree: Any, what: str) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, dict):
-        return {key: _map(function, value, what) for key, value in tree.items()}
+        mapped = {key: _map(function, value, what) for key, value in tree.items()}
+        if type(tree) is dict:
+            return mapped
+        out = copy.copy(tree)  # a ModelOutput, say, whose entries are attributes too
+        for key, value in mapped.items():
+            out[key] = value
+        return out
     if isinstance(tree, list | tuple):
         values = [_map(function, value, what) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
@@ -167,7 +174,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for setting, precision in precisions:
             setting.fp32_precision = precision
         for buffer, value in buffers:
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):  # or a graph that was made before would find its masks written to
+                buffer.copy_(value)
         for module, name, rate in rates:
             setattr(module, name, rate)
 
@@ -203,6 +211,9 @@ def why_not_stacked(model: nn.Module, x: Any) -> str | None:
         return str(error)
     if len(sizes) != 1 or sizes == {torch.Size()}:
         return f"the input's tensors have no batch dimension in common: sizes of dimension 0 are {sorted(sizes)}"
+    if torch.is_autocast_enabled(_tensors(x, "input")[0].device.type):  # it is off for the comparison
+        dtype = next(model.parameters()).dtype
+        x = _map(lambda t: t.to(dtype) if t.is_floating_point() else t, x, "input")
     # The teacher gets every other sample twice: from two equal halves, a mean over the batch, say, would look right.
     index = torch.arange(sizes.pop()[0], device=_tensors(x, "input")[0].device) // 2
     with _undisturbed(model):
@@ -210,7 +221,8 @@ def why_not_stacked(model: nn.Module, x: Any) -> str | None:
         expected = _two_pass(model, x, index)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         for buffer, value in zip(model.buffers(), start, strict=True):
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
         try:
             got = _stacked(model, x, index)
             pairs = list(zip(_tensors(got, "output"), _tensors(expected, "output"), strict=True))
@@ -233,18 +245,21 @@ def why_not_stacked(model: nn.Module, x: Any) -> str | None:
 def choose_mode(model: nn.Module, x: Any, mode: str = "auto") -> str:
     """ "two_pass" or "stacked": what :func:`dual_forward` does with ``mode``, "auto" decided by one batch ``x``.
 
-    The decision is kept in ``model.stacked_is_right``; ``start_phase2`` resets it. It takes four forwards that no
-    compiler can trace, so call this before compiling what calls :func:`dual_forward`. Raises as that does.
+    The decision is kept in ``model.stacked_is_right`` (one made in evaluation mode, until the model trains);
+    ``start_phase2`` resets it. It takes four forwards that no compiler can trace, so call this before compiling what
+    calls :func:`dual_forward`. Raises as that does.
     """
     check_choice("mode", mode, MODES)
     require_phase2(model)
     if mode != "auto":
         return mode
-    if getattr(model, "stacked_is_right", None) is None:
+    known = getattr(model, "stacked_is_right", None) is not None
+    if not known or (model.training and not model.stacked_when_training):
         if torch.compiler.is_compiling():
             raise RuntimeError("call pqk_fast.branches.choose_mode(model, x, mode) once, before compiling")
         reason = why_not_stacked(model, x)
         model.stacked_is_right = reason is None  # type: ignore[assignment]
+        model.stacked_when_training = model.training  # type: ignore[assignment]
         if reason is not None:
             warnings.warn(f"dual_forward falls back to two passes: {reason}", stacklevel=3)
     on_gpu = next(model.parameters()).is_cuda

@@ -51,6 +51,7 @@ class PQKLayer(TwoPhase):
     weight_step: nn.Parameter
     bits: int
     phase2_step = "frozen"  # or "learned"
+    own_sparsity: float | None = None  # what layer_sparsity says of it
     fused: bool  # see pqk_fast.fusion
     fed: tuple[Tensor, Any] | None  # the student's weight for the forward under way, and what it was made from
 
@@ -63,7 +64,7 @@ class PQKLayer(TwoPhase):
         self.register_buffer("weight_mask", mask)
         self.config = config
         self.bits = config.bits if bits is None else bits
-        self.weight_step = nn.Parameter(self._first_step(self.weight, mask))
+        self.weight_step = nn.Parameter(self._first_step(self.weight, mask), is_quantized(self.bits))
         self.ran, self.fused, self.fed = False, False, None
         self._start()
 
@@ -75,13 +76,20 @@ class PQKLayer(TwoPhase):
     def set_phase(self, phase: int) -> None:
         """Phase 2 freezes the step size, unless ``start_phase2`` was told otherwise; the mask is the Pruner's, which
         refuses phase 2."""
+        learned = self._step_learns()
         super().set_phase(phase)
-        self.set_phase2_step(self.phase2_step)
+        self._let_step_learn(learned)
 
     def set_phase2_step(self, step_size: str) -> None:
         """Whether in phase 2 the step size is "frozen" or "learned"."""
+        learned = self._step_learns()
         self.phase2_step = step_size
-        self.weight_step.requires_grad_(self._step_learns())
+        self._let_step_learn(learned)
+
+    def _let_step_learn(self, before: bool) -> None:
+        """Or not: if that is another than before, so that one that the user has frozen stays so."""
+        if (now := self._step_learns()) != before:
+            self.weight_step.requires_grad_(now and self.weight.requires_grad)
         self.weight_step.grad = None
 
     def _step_learns(self) -> bool:
@@ -113,7 +121,17 @@ class PQKLayer(TwoPhase):
             entries["weight_step"] = self._first_step(weight, mask)
         yield from super()._read_float(entries, metadata)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """With the bits in the metadata, which a plain dict lacks: then nobody knows whether they fit."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if metadata := getattr(destination, "_metadata", {}).get(prefix[:-1]):
+            metadata["bits"] = self.bits
+
     def _read_prepared(self, entries: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[str]:
+        bits = metadata.get("bits", self.bits)
+        if bits != self.bits:
+            wants = f"prepare the model with PQKConfig(bits={bits}), or layer_bits"
+            yield f"weight was trained for {bits} bits, the model's has {self.bits}: {wants}, or {_ANEW}"
         yield from self._refuse_dtype(entries, metadata)
         missing = [name for name in self.added if name not in entries]
         if "weight" in entries and missing:

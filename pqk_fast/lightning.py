@@ -79,8 +79,7 @@ class Phase1Callback(_PhaseCallback):
         epoch_steps = _known("epoch_steps", self.epoch_steps or per_epoch)
         steps = _known("steps", self.steps or trainer.estimated_stepping_batches)
         state, self._loaded = self._loaded or self.state_dict(), {}
-        masks = [layer.weight_mask.clone() for layer in layers]
-        self.pruner = Pruner(pl_module, steps, epoch_steps)  # makes masks
+        self.pruner = Pruner(pl_module, steps, epoch_steps)
         if trainer.global_step:
             if not state:
                 raise ValueError(
@@ -88,8 +87,6 @@ class Phase1Callback(_PhaseCallback):
                     "Phase1Callback: give one that was written with it, or load the weights alone and fit from step 0"
                 )
             self.pruner.load_state_dict(state)
-            for layer, mask in zip(layers, masks, strict=True):
-                layer.weight_mask.copy_(mask)
         self._follow(trainer)
 
     @staticmethod

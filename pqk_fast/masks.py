@@ -13,7 +13,7 @@ from pqk_fast import gpu, ops, sharding
 from pqk_fast.branches import config_of, require_prepared
 from pqk_fast.config import PQKConfig, pruned_of_group
 from pqk_fast.layers import PQKLayer
-from pqk_fast.patterns import names_by_weight, of_layer
+from pqk_fast.patterns import check_patterns, names_by_weight, of_layer
 from pqk_fast.schedule import last_mask_step, sparsity_of_mask
 from pqk_fast.settings import ConfigError, is_quantized
 from pqk_fast.step_size import SMALLEST_STEP, initial_step
@@ -141,20 +141,55 @@ class Pruner:
         if self.config.step_tracking and any(sharding.is_sharded(layer.weight) for layer in layers.values()):
             raise ConfigError("step_tracking looks at whole weights, these are in shards (fully_shard): leave it 0")
         # under every name that a shared module has
-        named = model.named_modules(remove_duplicate=False)
-        self._pools = self._make_pools(names_by_weight({n: m for n, m in named if isinstance(m, PQKLayer)}))
+        named = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PQKLayer)}
+        if config is not None:
+            check_patterns("layer_sparsity", config.layer_sparsity, named)
+        self._pools = self._make_pools(names_by_weight(named), prepared=config is None)
         self._final_unseen = False
         self._counted = 0  # steps in this process, as against `iteration` of a run that was resumed
         self._all_ran = False
+        found = [(layer, layer.weight_mask.clone()) for layer in layers.values()]
+        pruned = not all(bool(mask.all()) for _, mask in found)
         self._plan(0)
         self._make_masks()
+        # Of a model that has been pruned: should a position be loaded next, it goes on with the masks that it had.
+        self._found = [(layer, layer.weight_mask.clone(), mask) for layer, mask in found] if pruned else []
+        self._warn_of_one_shot()
         self.check()
 
-    def _make_pools(self, names: dict[Tensor, list[str]]) -> list[_Pool]:
+    def _warn_of_one_shot(self) -> None:
+        config = self.config
+        last = last_mask_step(self.steps, config.mask_interval, config.mask_end)
+        before = self._sparsity_at(last - config.mask_interval, config.sparsity) if last else config.initial_sparsity
+        if before is not None and before <= config.initial_sparsity < config.sparsity:
+            warnings.warn(
+                f"all pruning happens at once, at step {last} of {self.steps}: Eq. 1 counts epochs of "
+                f"{self.epoch_steps} steps, and masks are made every {config.mask_interval}; give it more steps, a "
+                "smaller mask_interval, or epoch_steps of which there are more",
+                stacklevel=3,
+            )
+
+    def _sparsity_at(self, iteration: int, target: float) -> float | None:
+        """Of the mask made before this iteration, if one is."""
+        config = self.config
+        return sparsity_of_mask(
+            iteration,
+            steps=self.steps,
+            epoch_steps=self.epoch_steps,
+            interval=config.mask_interval,
+            target=target,
+            initial=min(config.initial_sparsity, target),  # a layer's own target may be below p_i
+            mask_end=config.mask_end,
+        )
+
+    def _make_pools(self, names: dict[Tensor, list[str]], prepared: bool) -> list[_Pool]:
+        """``prepared``: by the config that ``prepare`` had, which knew the layers by names of its own."""
         pools: list[_Pool] = []
         shared: dict[str, PQKLayer] = {}
         for name, layer in self._unique.items():
-            own = of_layer("layer_sparsity", self.config.layer_sparsity, names[layer.weight])
+            own = layer.own_sparsity if prepared else None
+            if own is None:
+                own = of_layer("layer_sparsity", self.config.layer_sparsity, names[layer.weight])
             target = self.config.sparsity if own is None else own
             if self.config.scope == "group":
                 pools.append(_Groups(name, layer, target, self.config.group_size))
@@ -166,17 +201,8 @@ class Pruner:
 
     def _plan(self, iteration: int) -> bool:
         """Tell every pool how many weights to keep, if a mask is due."""
-        config = self.config
         for pool in self._pools:
-            sparsity = sparsity_of_mask(
-                iteration,
-                steps=self.steps,
-                epoch_steps=self.epoch_steps,
-                interval=config.mask_interval,
-                target=pool.target,
-                initial=min(config.initial_sparsity, pool.target),  # a layer's own target may be below p_i
-                mask_end=config.mask_end,
-            )
+            sparsity = self._sparsity_at(iteration, pool.target)
             if sparsity is None:
                 return False
             pool.plan(sparsity)
@@ -204,8 +230,11 @@ class Pruner:
         """
         if self.iteration >= self.steps:
             raise ValueError(f"the phase was announced with {self.steps} steps and is over; make a Pruner with more")
+        if any(layer.phase != 1 for layer in self._unique.values()):
+            raise ValueError("masks are frozen in phase 2: step the Pruner in phase 1 alone")
         self.iteration += 1
         self._counted += 1
+        self._found = []
         due = self.iteration < self.steps and self._plan(self.iteration)
         self._final_unseen |= due and self.finished
         every = self.config.step_tracking
@@ -319,8 +348,13 @@ class Pruner:
         return {"iteration": self.iteration, "steps": self.steps, "epoch_steps": self.epoch_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position. Load the model's state *after* making the Pruner: making it sets masks."""
+        """Go on from a saved position, with the masks of the model's state: loaded before or after making the Pruner,
+        which sets masks of its own."""
         for name in ("steps", "epoch_steps"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"the saved schedule has {name}={state[name]}, this one {getattr(self, name)}")
         self.iteration = state["iteration"]
+        if all(torch.equal(layer.weight_mask, made) for layer, made, _ in self._found):  # nothing was loaded since
+            for layer, _, before in self._found:
+                layer.weight_mask.copy_(before)
+        self._found = []

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from pqk_fast import sharding
-from pqk_fast.branches import config_of, pqk_layers, require_phase2, require_prepared
+from pqk_fast.branches import pqk_layers, require_phase2, require_prepared
 from pqk_fast.config import PHASE2_STEPS, STEP_LR_RULES, PQKConfig
 from pqk_fast.dual_batch_norm import BATCH_NORMS, DualBatchNorm, DualSyncBatchNorm
 from pqk_fast.folding import fold_batch_norm
@@ -105,11 +106,17 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
             left_float.append(f"{name} ({type(module).__name__}: both branches will share its statistics)")
         elif name in candidates and module not in excluded and (filter_fn is None or filter_fn(module, name)):
             kind = _LAYER_OF.get(type(module))
+            if parametrize.is_parametrized(module, "weight"):
+                raise TypeError(
+                    f"{name}.weight is computed from other parameters (torch.nn.utils.parametrizations); call "
+                    f"torch.nn.utils.parametrize.remove_parametrizations({name}, 'weight') first, or exclude it"
+                )
             if kind is None:
                 left_float.append(f"{name} ({type(module).__name__})")
                 continue
-            bits = of_layer("layer_bits", config.layer_bits, names.get(module.weight, [name]))
-            layer = kind.from_float(module, config, bits)
+            own = names.get(module.weight, [name])
+            layer = kind.from_float(module, config, of_layer("layer_bits", config.layer_bits, own))
+            layer.own_sparsity = of_layer("layer_sparsity", config.layer_sparsity, own)
             _share_with_twin(layer, twins)
             swapped[module] = layer
     if not twins:
@@ -182,11 +189,16 @@ def start_phase2(model: Model, step_size: str = "frozen") -> Model:
                 f"{name} is a SyncBatchNorm, which cannot keep two branches apart: call "
                 "nn.SyncBatchNorm.convert_sync_batchnorm(model) before prepare, not after it"
             )
-    how = config_of(model).teacher_bn
+    hows = {layer.config.teacher_bn for layer in layers.values()}
+    if len(hows) > 1:
+        raise ValueError(
+            f"parts of the model were prepared with different teacher_bn, {' and '.join(sorted(hows))}: call "
+            "start_phase2 on each part"
+        )
     sharding.reshard(model)
     for module in model.modules():
         if isinstance(module, DualBatchNorm):
-            module.start_teacher(how)
+            module.start_teacher(*hows)
         if isinstance(module, PQKLayer):
             module.set_phase2_step(step_size)
         if isinstance(module, TwoPhase):
@@ -217,7 +229,8 @@ def convert(model: Model, branch: str = "student", fold: bool = False) -> Model:
         )
     groups = [module.process_group for module in model.modules() if isinstance(module, DualSyncBatchNorm)]
     plain = unfuse(copy.deepcopy(model, {id(group): group for group in groups}))  # they cannot be copied
-    plain.__dict__.pop("stacked_is_right", None)
+    for name in ("stacked_is_right", "stacked_when_training"):
+        plain.__dict__.pop(name, None)
     swapped: dict[nn.Module, nn.Module] = {}
     floats: dict[torch.Tensor, nn.Parameter] = {}
     for module in plain.modules():

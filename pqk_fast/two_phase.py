@@ -21,14 +21,19 @@ def take_over(new: Any, old: nn.Module) -> None:
     new.__dict__ = {name: value.copy() if name in tables else value for name, value in old.__dict__.items()}
 
 
+_OF_PREPARED = {
+    *("phase", "branch", "branch_held", "config", "bits", "own_sparsity", "ran", "phase2_step"),
+    *("fused", "fed", "recomputed"),
+}
+
+
 def plain_copy(source: nn.Module, kind: type[nn.Module], tensors: dict[str, Tensor | None]) -> nn.Module:
     """A ``kind`` with ``source``'s settings and copies of ``tensors``; weight and bias keep their ``requires_grad``."""
     module = kind.__new__(kind)
     module.__dict__ = {
         name: value.copy() if isinstance(value, dict | set) else value
         for name, value in source.__dict__.items()
-        if name
-        not in ("phase", "branch", "branch_held", "config", "bits", "ran", "phase2_step", "fused", "fed", "recomputed")
+        if name not in _OF_PREPARED
     }
     module._parameters, module._buffers = {}, {}
     for name, value in tensors.items():
@@ -57,7 +62,7 @@ class TwoPhase(nn.Module):
 
     _version = 3
     added: tuple[str, ...]  # entries that the float module does not have, other than pqk_phase
-    phase: int
+    phase: int = 1
     branch: str
     branch_held: int  # how many `with branch(...)` are open around the module
     # The running backward, what branch its forward was, and which of autograd's nodes it made; see pqk_fast.branches.

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -338,3 +339,60 @@ def test_batch_norm_statistics_of_the_branches_never_mix():
             for key in ("running_mean", "running_var", "num_batches_tracked"):
                 torch.testing.assert_close(getattr(norm, prefix + key), getattr(reference[name], key))
         assert not torch.allclose(norm.running_var, norm.teacher_running_var)
+
+
+def test_the_comparison_takes_inputs_of_low_precision_under_autocast():
+    model = in_phase2(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
+    x = torch.randn(4, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student, _ = dual_forward(model, x)
+        torch.testing.assert_close(student, dual_forward(model, x, "two_pass")[0])
+    assert model.stacked_is_right is True
+
+
+def test_the_comparison_does_not_touch_what_an_earlier_graph_needs():
+    model = in_phase2(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)))
+    earlier = model.eval()(torch.randn(4, 6))
+    student, teacher = dual_forward(model, torch.randn(4, 6))
+    (earlier.sum() + student.sum() + teacher.sum()).backward()
+
+
+def test_a_decision_of_evaluation_is_made_again_in_training():
+    class Mixes(nn.BatchNorm1d):
+        """Left as it is: student and teacher would share a batch's statistics."""
+
+    model = in_phase2(nn.Sequential(nn.Linear(6, 6), Mixes(6))).eval()
+    x = torch.randn(8, 6)
+    dual_forward(model, x)
+    assert model.stacked_is_right is True
+    with pytest.warns(UserWarning, match="falls back to two passes: outputs differ"):
+        dual_forward(model.train(), x)
+    assert model.stacked_is_right is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dual_forward(model, x)
+        dual_forward(model.eval(), x)
+
+
+def test_outputs_keep_their_kind_of_dict():
+    class Out(OrderedDict):
+        """As transformers' ModelOutput: entries are attributes too."""
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            self.__dict__[key] = value
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return Out(logits=self.linear(x))
+
+    model = in_phase2(Model())
+    x = torch.randn(4, 6)
+    for one, other in zip(dual_forward(model, x, "stacked"), dual_forward(model, x, "two_pass"), strict=True):
+        assert type(one) is Out
+        torch.testing.assert_close(one.logits, other.logits)

@@ -160,3 +160,15 @@ def test_logits_of_another_form_are_refused(shapes: tuple[tuple[int, ...], tuple
     student, teacher = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=r"expected two logits \[B, classes\], got"):
         MutualDistillationLoss()(student, teacher, torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_divergence_of_neighbours_survives_low_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(64, 100, generator=generator).bfloat16()
+    other = (one.float() + 0.1 * torch.randn(64, 100, generator=generator)).bfloat16()
+    labels = torch.zeros(64, dtype=torch.long)
+    loss = DistillationLoss(alpha=0.0, beta=1.0)
+    expected = loss(one.double(), other.double(), labels)
+    torch.testing.assert_close(loss(one, other, labels).double(), expected, rtol=1e-3, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(loss(one, other, labels).double(), expected, rtol=1e-3, atol=0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -125,9 +126,8 @@ def test_per_layer_targets_scope_and_exclusion():
 
     model = prepare(small_model(), PQKConfig(exclude=("re:0",)))
     assert list(pqk_layers(model)) == ["4"]
-    ambiguous = prepare(small_model(), PQKConfig(layer_sparsity={"0": 0.1, "re:.*": 0.2}))
-    with pytest.raises(ConfigError, match="several patterns"):
-        Pruner(ambiguous, 3, 1)
+    with pytest.raises(ConfigError, match=r"layer_sparsity names layer '0' by several patterns with \[0.1, 0.2\]"):
+        prepare(small_model(), PQKConfig(layer_sparsity={"0": 0.1, "re:.*": 0.2}))
 
 
 def run_to_end(model, pruner):
@@ -342,3 +342,81 @@ def test_groups_that_cannot_be_ranked_are_named() -> None:
         model[1].weight[2, 3] = math.nan
     with pytest.raises(ValueError, match=r"the weight of layer '1' of shape .* holds NaN or infinity"):
         Pruner(model, 1, 1)
+
+
+class Wrapped(nn.Module):
+    """What Lightning and loops of one's own do: the prepared network is a part of the module."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_layers_own_sparsity_holds_within_whatever_the_pruner_is_given():
+    config = PQKConfig(sparsity=0.75, layer_sparsity={"0": 0.25}, mask_interval=1)
+    for wrap in (Wrapped, torch.compile):
+        inner = prepare(small_model(), config)
+        pruner = Pruner(wrap(inner), 3, 1)
+        run_to_end(inner, pruner)
+        conv, linear = pqk_layers(inner).values()
+        assert int((~conv.weight_mask).sum()) == int(0.25 * conv.weight.numel())
+        assert int((~linear.weight_mask).sum()) == int(0.75 * linear.weight.numel())
+    with pytest.raises(ConfigError, match=r"layer_sparsity: 'conv' matches none"):
+        Pruner(inner, 3, 1, config=PQKConfig(layer_sparsity={"conv": 0.5}))
+
+
+@pytest.mark.parametrize("state_first", [True, False])
+def test_the_models_state_and_the_position_load_in_any_order(state_first):
+    config = PQKConfig(sparsity=0.9, mask_interval=2)
+    model = prepare(small_model(), config)
+    pruner = Pruner(model, 20, 5)
+    for step in range(19):
+        model(batch(step)[0])
+        pruner.step()
+    saved, position = copy.deepcopy(model.state_dict()), pruner.state_dict()
+    for used in (False, True):  # a model that was pruned before, too
+        other = prepare(small_model(1), config)
+        if used:
+            Pruner(other, 1, 1)
+        if state_first:
+            other.load_state_dict(saved)
+        again = Pruner(other, 20, 5)
+        if not state_first:
+            other.load_state_dict(saved)
+        again.load_state_dict(position)
+        assert again.finished
+        assert masked(other) == masked(model) == int(0.9 * sum(w.numel() for w in weights_of(model)))
+        torch.testing.assert_close(other.state_dict(), saved, rtol=0, atol=0)
+    anew = Pruner(other, 20, 5)
+    assert masked(other) == 0, "a new phase 1"
+    other(batch(0)[0])
+    anew.step()
+
+
+def test_a_pruner_that_is_kept_does_not_move_masks_in_phase_2():
+    model = prepare(small_model(), PQKConfig(sparsity=0.5, initial_sparsity=0.25, mask_interval=1))
+    pruner = Pruner(model, 9, 3)
+    start_phase2(model)
+    before = masked(model)
+    with pytest.raises(ValueError, match="masks are frozen in phase 2: step the Pruner in phase 1 alone"):
+        pruner.step()
+    assert masked(model) == before
+
+
+@pytest.mark.parametrize(
+    ("steps", "epoch_steps", "settings", "at"),
+    [(20, 5, {}, 0), (1000, 1000, {}, 992), (1000, 100, {"mask_end": 0.03}, 0), (1000, 100, {}, None)],
+)
+def test_a_schedule_that_prunes_all_at_once_is_named(steps, epoch_steps, settings, at):
+    model = prepare(small_model(), PQKConfig(sparsity=0.5, **settings))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Pruner(model, steps, epoch_steps)
+    found = [str(warning.message) for warning in said]
+    assert len(found) == (at is not None)
+    if found:
+        assert f"all pruning happens at once, at step {at} of {steps}: Eq. 1 counts epochs of {epoch_steps}" in found[0]
+        assert said[0].filename == __file__

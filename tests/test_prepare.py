@@ -356,3 +356,25 @@ def test_layers_have_bits_of_their_own(made, tmp_path):
     assert not any(hasattr(module, "bits") for module in plain.modules())
     x = torch.randn(4, 3, 8)
     assert torch.equal(load_packed(tmp_path / "s.pqk", net())(x), model(x))
+
+
+def test_a_weight_that_is_parametrized_is_refused():
+    from torch.nn.utils.parametrizations import weight_norm
+
+    model = nn.ModuleDict({"body": weight_norm(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
+    with pytest.raises(TypeError, match=r"body\.weight is computed from other parameters .*remove_parametrizations"):
+        prepare(model)
+    assert list(pqk_layers(prepare(model, PQKConfig(exclude=("body",))))) == ["head"]
+
+
+def test_parts_of_different_configs_go_into_phase_2():
+    parts = {bits: prepare(nn.Sequential(nn.Linear(8, 8)), PQKConfig(bits=bits, sparsity=0.5)) for bits in (4, 8)}
+    model = nn.Sequential(*parts.values())
+    Pruner(model, 1, 1, config=PQKConfig(sparsity=0.5))
+    start_phase2(model)
+    assert {layer.phase for layer in pqk_layers(model).values()} == {2}
+    parts = [prepare(nn.Linear(8, 8), PQKConfig(sparsity=0.5, teacher_bn=how)) for how in ("fresh", "copy")]
+    model = nn.Sequential(*parts)
+    Pruner(model, 1, 1, config=PQKConfig(sparsity=0.5))
+    with pytest.raises(ValueError, match="different teacher_bn, copy and fresh: call start_phase2 on each part"):
+        start_phase2(model)

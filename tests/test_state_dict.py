@@ -392,3 +392,29 @@ def test_sharded_models_load_their_own_state_and_refuse_a_float_one():
             model.load_state_dict(nn.Sequential(nn.Linear(4, 4)).state_dict())
     finally:
         dist.destroy_process_group()
+
+
+def test_weights_of_other_bits_are_refused_by_name():
+    model = prepare(net(), CONFIG)
+    other = prepare(net(1), PQKConfig(bits=3, sparsity=0.5, layer_bits={"3": 2}))
+    before = copy.deepcopy(other.state_dict())
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    with pytest.raises(RuntimeError, match=r"3\.weight was trained for 3 bits, the model's has 2: prepare the model"):
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other[3].weight, before["3.weight"])
+    other.load_state_dict(dict(model.state_dict()))  # a plain dict does not say
+
+
+def test_step_sizes_that_were_frozen_by_hand_stay_so():
+    model = prepare(net(), CONFIG)
+    model[0].requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    assert [layer.weight_step.requires_grad for layer in (model[0], model[3])] == [False, True]
+    Pruner(model, 1, 1)
+    start_phase2(model, "learned")
+    assert [layer.weight_step.requires_grad for layer in (model[0], model[3])] == [False, True]
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert [layer.weight_step.requires_grad for layer in (model[0], model[3])] == [False, True]
