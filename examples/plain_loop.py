@@ -80,7 +80,9 @@ def train(phase: int, model: nn.Module, file: Path, saved: dict[str, Any] | None
         else:
             print(f"{line}  full net {accuracy(model, validation, 'teacher'):5.1f} %")
         state = {"phase": phase, "epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "pruner": pruner.state_dict() if pruner else None}, file)
+        unfinished = file.with_name(f"{file.name}.tmp")  # or a stop within the save would lose the one there is
+        torch.save({**state, "pruner": pruner.state_dict() if pruner else None}, unfinished)
+        unfinished.replace(file)
 
 
 def main(arguments: list[str] | None = None) -> nn.Sequential:

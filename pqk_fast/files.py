@@ -16,6 +16,8 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     The content goes to a temporary file in the same folder (made if missing), reaches the disk, and is renamed.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {path}: give a name in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

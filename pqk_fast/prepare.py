@@ -31,7 +31,7 @@ _LAYER_OF: dict[type, type[PQKLayer]] = {layer.float_type: layer for layer in PQ
 _NORMS_WITH_STATISTICS = nn.modules.batchnorm._NormBase
 
 
-def _replace(model: nn.Module, old_to_new: dict[nn.Module, nn.Module]) -> nn.Module:
+def replace_modules(model: nn.Module, old_to_new: dict[nn.Module, nn.Module]) -> nn.Module:
     """Put the new modules wherever the old ones are registered (a shared module: at every place)."""
     for module in list(model.modules()):
         # named_children would list a module once even if its parent holds it under two names
@@ -129,20 +129,20 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
         warnings.warn(
             "left in floating point, as subclasses with code of their own: " + ", ".join(left_float), stacklevel=2
         )
-    prepared = _replace(model, swapped)
+    prepared = replace_modules(model, swapped)
     layers = [n for n, m in prepared.named_modules(remove_duplicate=False) if isinstance(m, PQKLayer)]
     try:
         check_patterns("layer_sparsity", config.layer_sparsity, layers)
         check_patterns("layer_bits", config.layer_bits, layers)
         _refuse_ties(prepared, config)
     except ValueError:
-        _replace(prepared, {new: old for old, new in swapped.items()})
+        replace_modules(prepared, {new: old for old, new in swapped.items()})
         raise
-    _set_fast_paths(prepared, allowed=False)
+    set_fast_paths(prepared, allowed=False)
     return prepared  # type: ignore[return-value]
 
 
-def _set_fast_paths(model: nn.Module, allowed: bool) -> None:
+def set_fast_paths(model: nn.Module, allowed: bool) -> None:
     """TransformerEncoderLayer's evaluation fast path reads ``linear1.weight`` itself, past a swapped layer's forward.
 
     The layer's own switch for it is ``activation_relu_or_gelu``: 0 sends it the ordinary way.
@@ -152,7 +152,7 @@ def _set_fast_paths(model: nn.Module, allowed: bool) -> None:
             continue
         if allowed:
             module.activation_relu_or_gelu = module.__dict__.pop("fast_path_activation", module.activation_relu_or_gelu)
-        elif any(isinstance(child, PQKLayer) for child in module.children()):
+        elif any(type(child) is not nn.Linear for child in (module.linear1, module.linear2)):
             switch: Any = module
             switch.fast_path_activation = switch.activation_relu_or_gelu
             switch.activation_relu_or_gelu = 0
@@ -240,8 +240,8 @@ def convert(model: Model, branch: str = "student", fold: bool = False) -> Model:
             swapped[module] = layer
         elif isinstance(module, DualBatchNorm):
             swapped[module] = module.to_float(branch)
-    plain = _replace(plain, swapped)  # type: ignore[assignment]
-    _set_fast_paths(plain, allowed=True)
+    plain = replace_modules(plain, swapped)  # type: ignore[assignment]
+    set_fast_paths(plain, allowed=True)
     if fold:
         fold_batch_norm(plain)
     return plain

@@ -145,7 +145,8 @@ def _sparsity(record: Record) -> float | None:
 def _bits(record: Record, name: str) -> str:
     if name == "vanilla":
         return "32"
-    bits = record["recipe"].get("pqk", {}).get("bits")
+    pqk = record["recipe"].get("pqk", {})
+    bits = "mixed" if pqk.get("layer_bits") else pqk.get("bits")
     if bits is None:
         raise ValueError(f"the record has a result {name!r} but no recipe.pqk.bits")
     return f"32 (P={bits})" if name == "phase2_f" else str(bits)
@@ -159,7 +160,7 @@ def _title(record: Record) -> str:
     if set(record["results"]) & {*STUDENTS} or set(record["curves"]) - {"vanilla"}:
         pqk = recipe.get("pqk", {})
         if "bits" in pqk:
-            parts.append(f"{pqk['bits']} bits")
+            parts.append("mixed bits" if pqk.get("layer_bits") else f"{pqk['bits']} bits")
         if (sparsity := _sparsity(record)) is not None:
             parts.append(f"{100 * sparsity:.3g} % sparse")
     return ", ".join(parts)

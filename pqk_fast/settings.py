@@ -62,6 +62,7 @@ def to_dict(recipe: Any) -> dict[str, Any]:
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """A table by layers' names, which TOML without quotes takes apart at their dots."""
     for name, value in table.items():
+        require(isinstance(name, str), f"patterns are module names or 're:...', got {name!r}")
         yield from _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
 
 

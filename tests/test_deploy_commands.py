@@ -78,6 +78,11 @@ def test_export_refuses_what_is_not_there(run: Path, capsys: pytest.CaptureFixtu
     ):
         assert cli.main(["export", str(run), "--out", str(out), *options]) == 1
         assert says in capsys.readouterr().err
+    assert cli.main(["export", str(run), "--out", str(run.parent / "student.onnx")]) == 1
+    assert "student.onnx is the name of another format than packed: give --format onnx" in capsys.readouterr().err
+    assert not (run.parent / "student.onnx").exists()
+    assert cli.main(["export", str(run), "--out", str(run.parent)]) == 1
+    assert "expected a file to write, got the folder" in capsys.readouterr().err
     assert cli.main(["export", str(run / "none"), "--out", str(out)]) == 1
     assert "no checkpoint" in capsys.readouterr().err
     assert not out.exists()

@@ -228,3 +228,31 @@ def test_a_program_of_other_types_is_refused() -> None:
             run_network(x, *wrong, network.sizes)
     with pytest.raises(RuntimeError, match="expected 126 values a sample, got 127"):
         run_network(torch.zeros(127), *arguments, network.sizes)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 1, padding=1)),
+            (8, 6),
+        ),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 2, padding=3), nn.Conv2d(5, 4, 1)), (4, 7)),
+    ],
+)
+def test_padding_by_more_than_a_kernel_takes_away(model: nn.Module, shape: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *shape)
+    model = model.eval().requires_grad_(False)
+    torch.testing.assert_close(compile_network(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_says_so_at_once() -> None:
+    pool = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(3, 2, ceil_mode=True)).eval()
+    with pytest.raises(ValueError, match=r"\(3, 3\) windows over \(2, 2\) values \(ceil_mode\) is not supported"):
+        compile_network(pool, torch.zeros(1, 3, 2, 2))
+    for layer in (nn.BatchNorm2d(4), nn.Dropout(0.5)):
+        with pytest.raises(ValueError, match=r"expected a network in evaluation mode: call model\.eval\(\) first"):
+            compile_network(nn.Sequential(nn.Conv2d(3, 4, 1), layer), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="expected a plain network, got a prepared one"):
+        compile_network(pqk.prepare(nn.Sequential(nn.Conv2d(3, 4, 1))).eval(), torch.zeros(1, 3, 4, 4))

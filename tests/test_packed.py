@@ -21,6 +21,7 @@ from pqk_fast.deploy import reader
 from pqk_fast.deploy.encodings import entropy_bound
 from pqk_fast.deploy.packed import load_packed, save_packed
 from pqk_fast.deploy.reader import PackedError, parse_packed, read_packed
+from pqk_fast.deploy.runtime import PackedConv2d, load_runtime
 from pqk_fast.models import create_model
 
 
@@ -257,3 +258,41 @@ def test_foreign_files_are_refused_by_what_they_are(content: bytes, says: str, t
     with pytest.raises(PackedError, match=says) as error:
         read_packed(tmp_path / "file")
     assert str(tmp_path / "file") in str(error.value)
+
+
+class Shared(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.end = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.b(torch.relu(self.a(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Shared, lambda: nn.Linear(32, 16)])
+def test_modules_with_two_names_and_with_none(make, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = student(make(), bits=4, sparsity=0.9)
+    size = save_packed(model, tmp_path / "s.pqk")
+    packed = read_packed(tmp_path / "s.pqk")
+    assert not [name for name in packed.tensors if name.endswith("weight")], "each weight is there once, packed"
+    assert size < 1000
+    plain, expected = load_packed(tmp_path / "s.pqk", make()), pqk.convert(model).state_dict()
+    torch.testing.assert_close(dict(plain.state_dict()), dict(expected), rtol=0, atol=0)
+    runtime = load_runtime(tmp_path / "s.pqk", make())
+    x = torch.randn(2, 8, 5, 5) if isinstance(plain, Shared) else torch.randn(2, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(runtime(x), plain(x), rtol=1e-5, atol=1e-5)
+    if isinstance(runtime, Shared):
+        assert runtime.a is runtime.b
+        assert isinstance(runtime.a, PackedConv2d)
+
+
+def test_statistics_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = student(net())
+    model[1].running_var[0] = torch.nan
+    with pytest.raises(ValueError, match=r"1\.running_var holds NaN or infinity: training had diverged"):
+        save_packed(model, tmp_path / "s.pqk")

@@ -116,6 +116,11 @@ def test_results_in_markdown() -> None:
         "| phase2-F | 32 (P=4) | - | 84.7 | 85.1 | 85.1 | 85.3 | 8 |",
     ]
     assert {line.count("|") for line in lines[start : start + 7]} == {9}
+    mixed = make_record()
+    mixed["recipe"]["pqk"]["layer_bits"] = {"conv0": 2}
+    lines = to_markdown(mixed).splitlines()
+    assert lines[0] == "# kws-narrow-4bit, res8_narrow, mixed bits, 90 % sparse"
+    assert "| phase1-P | mixed | 90.0 % | 73.8 | 74.1 | 74.2 | 74.3 | 26 |" in lines
 
 
 def test_markdown_says_what_the_run_was() -> None:

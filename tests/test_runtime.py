@@ -225,6 +225,45 @@ def test_paddings_that_are_not_zeros_are_refused() -> None:
 
 
 def test_other_dtypes_are_computed_densely() -> None:
-    plain, made = conv(CASES[0][0], bias=False)
+    plain, made = conv(CASES[0][0])
     x = torch.randn(1, 19, 9, 9, dtype=torch.float64)
-    torch.testing.assert_close(made(x), F.conv2d(x, plain.weight.double(), padding=1))
+    torch.testing.assert_close(made(x), F.conv2d(x, plain.weight.double(), plain.bias.double(), padding=1))
+    linear = nn.Linear(8, 4)
+    layer = packed((4, 8))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    expected = F.linear(x, torch.from_numpy(layer.weight()).double(), linear.bias.double())
+    torch.testing.assert_close(PackedLinear(layer, linear)(x), expected)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_inputs_without_a_batch(sparse: bool) -> None:
+    plain, made = conv(CASES[0][0])
+    made.sparse = sparse
+    x = torch.randn(19, 9, 8)
+    torch.testing.assert_close(made(x), plain(x), rtol=1e-5, atol=1e-5)
+    line = nn.Conv1d(4, 6, 3, padding=1).requires_grad_(False)
+    layer = packed((6, 4, 3))
+    line.weight.copy_(torch.from_numpy(layer.weight()))
+    one = PackedConv1d(layer, line)
+    one.sparse = sparse
+    for shape in ((4, 10), (2, 4, 10)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(one(x), line(x), rtol=1e-5, atol=1e-5)
+
+
+def test_other_paddings_and_torchs_own_layers_run_too(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv1d(6, 8, 3, padding="same"), nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        )  # fmt: skip
+
+    with pytest.warns(UserWarning, match="left in floating point"):
+        model = student(make())
+    save_packed(model, tmp_path / "s.pqk")
+    plain, fast = load_packed(tmp_path / "s.pqk", make()), load_runtime(tmp_path / "s.pqk", make())
+    assert [type(fast[0]), type(fast[1]), type(fast[2].linear1)] == [nn.Conv1d, nn.Conv1d, PackedLinear]
+    x = torch.randn(2, 6, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)

@@ -118,12 +118,13 @@ def test_the_command_writes_a_table_a_picture_and_a_record(run: Path, speech, tm
     shown = capsys.readouterr().out
     record = json.loads((tmp_path / "page" / "sensitivity.json").read_text())
     mixed = tmp_path / "mixed.toml"
-    mixed.write_text('extends = "demo"\n' + shown[shown.index("[pqk.layer_bits]") : shown.index("written:")])
+    mixed.write_text('extends = "demo"\n' + shown[shown.index("[pqk.layer_bits]") :])
     assert load_recipe(mixed).pqk.layer_bits == choose_bits([Row(**row) for row in record["rows"]], 100000)
     assert record["rows"][0]["change"] == "as it is"
     text = (tmp_path / "page" / "sensitivity.md").read_text()
     assert "2 bits" in text
     assert "98 % sparse" in text
     assert (tmp_path / "page" / "sensitivity" / "sensitivity.png").is_file()
-    assert cli.main([*arguments, "--bytes", "1"]) == 1
+    assert cli.main([*arguments, "--bytes", "1", "--page", str(tmp_path / "other")]) == 1
     assert "got 1" in capsys.readouterr().err
+    assert (tmp_path / "other" / "sensitivity.json").is_file(), "what was measured is not lost"

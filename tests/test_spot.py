@@ -75,7 +75,9 @@ def test_fillers_are_never_reported() -> None:
     assert heard(Detector(NAMES, smoothing=0.1), [[1.0, 0, 0, 0], [0, 1.0, 0, 0]] * 4) == []
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"threshold": 1.1}, {"hop": 0.0}, {"rest": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"threshold": 0.0}, {"threshold": 1.1}, {"hop": 0.0}, {"hop": 1.1}, {"rest": -1.0}]
+)
 def test_settings_that_cannot_be_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected a threshold in"):
         Detector(NAMES, **options)

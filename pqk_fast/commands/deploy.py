@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
@@ -115,7 +116,13 @@ def metadata_of(recipe: Recipe) -> dict[str, Any]:
     return metadata
 
 
+SUFFIXES = {".onnx": "onnx", ".pt2": "pt2", ".c": "c"}
+
+
 def export(args: argparse.Namespace) -> None:
+    named = SUFFIXES.get(args.out.suffix, args.format)
+    if named != args.format:
+        raise ValueError(f"{args.out.name} is the name of another format than {args.format}: give --format {named}")
     model, recipe, stage = load_student(args.run, args.stage, args.best)
     example = torch.zeros(INPUT_SHAPES.get(recipe.data.name, SPEECH_SHAPE))
     written = WRITERS[args.format](model, example, args.out, metadata_of(recipe))
@@ -132,7 +139,8 @@ def inspect(args: argparse.Namespace) -> None:
             console.print(table.rich())
     if args.page:
         paths = sizes.page_of(packed, args.file.name).write(args.page, args.file.stem)
-        console.print(escape(f"written: {', '.join(map(str, paths))}"))
+        say = Console(stderr=True) if args.json else console
+        say.print(escape(f"written: {', '.join(map(str, paths))}"))
 
 
 def spot(args: argparse.Namespace) -> None:

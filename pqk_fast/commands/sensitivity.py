@@ -16,7 +16,7 @@ from pqk_fast.branches import pqk_layers
 from pqk_fast.commands.deploy import STAGES, load_student
 from pqk_fast.commands.options import Commands, command, console, count
 from pqk_fast.data.load import Splits, load_splits
-from pqk_fast.deploy.sensitivity import Row, choose_bits, sensitivity
+from pqk_fast.deploy.sensitivity import Row, choose_bits, least_bytes, sensitivity
 from pqk_fast.files import replacing
 from pqk_fast.pages import Page, Table
 from pqk_fast.plots import LAYER_COLOURS, make_figure, plain_axes, png
@@ -48,12 +48,10 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         f"student's own {rows[0].loss:.3f} ({rows[0].accuracy:.1f} %); bytes are that layer's weights in a packed file."
     )
     page.table(table)
-    if args.bytes:
-        chosen = ", ".join(f"{name} = {bits}" for name, bits in choose_bits(rows, args.bytes).items())
-        console.print(
-            escape(f"for {args.bytes:,} bytes, in a recipe:\n\n[pqk.layer_bits]\n") + chosen.replace(", ", "\n")
-        )
-        page.text(f"Bits for {args.bytes:,} bytes of weights: {chosen}.")
+    chosen: list[str] = []
+    if args.bytes and args.bytes >= least_bytes(rows):
+        chosen = [f"{name} = {bits}" for name, bits in choose_bits(rows, args.bytes).items()]
+        page.text(f"Bits for {args.bytes:,} bytes of weights: {', '.join(chosen)}.")
     if args.page:
         try:
             page.picture("sensitivity", picture_of(rows), "Loss above the student's own, by bytes saved or added.")
@@ -63,6 +61,10 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         with replacing(paths[-1], "w") as file:
             json.dump({"recipe": recipe.name, "stage": stage, "rows": [asdict(row) for row in rows]}, file, indent=1)
         console.print(escape(f"written: {', '.join(map(str, paths))}"))
+    if chosen:
+        console.print(escape("\n".join([f"for {args.bytes:,} bytes, in a recipe:\n", "[pqk.layer_bits]", *chosen])))
+    elif args.bytes:
+        raise ValueError(f"the layers take at least {least_bytes(rows)} bytes with these bits, got {args.bytes}")
 
 
 def measured(model: nn.Module, splits: Splits, bits: Sequence[int], sparsities: Sequence[float] = ()) -> list[Row]:

@@ -213,13 +213,20 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"{recipe.data.name} has no {args.split} split with this recipe (data.validation = 0)")
     table = Table(title=f"{recipe.name}, {'all clips' if args.split == 'all' else args.split}: accuracy (%)")
     table.add_column("network")
+    unfinished: list[str] = []
     for column in ("last epoch", "best epoch"):
         table.add_column(column, justify="right")
     for (stage, view), result in RESULT_NAMES.items():
-        if stage in checkpoint["stages"]:
-            cells = []
-            for model in _saved_models(recipe, checkpoint["stages"][stage], view, args.device):
-                forward = model if model is None or view == "validation" else branch(model, "teacher")
-                cells.append("-" if model is None else f"{accuracy(model, batches, forward):.1f}")
-            table.add_row(result, *cells)
+        saved = checkpoint["stages"].get(stage)
+        if saved is None or not any(view in row for row in saved["rows"] or [{"validation": None}]):
+            continue
+        cells = []
+        for model in _saved_models(recipe, saved, view, args.device):
+            forward = model if model is None or view == "validation" else branch(model, "teacher")
+            cells.append("-" if model is None else f"{accuracy(model, batches, forward):.1f}")
+        if not saved["finished"]:
+            unfinished.append(f"{stage} has not ended: its network is that of step {saved['step']}")
+        table.add_row(result if saved["finished"] else f"{result}, unfinished", *cells)
     console.print(table)
+    for line in dict.fromkeys(unfinished):
+        console.print(line)

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from pqk_fast.deploy.operations import INPUT, Add, Affine, Conv, Mean, Network, Op, Pair, Pool, Rearrange, Relu
+from pqk_fast.layers import PQKLayer
 
 
 def read_graph(model: nn.Module, example: Tensor) -> Network:
@@ -22,6 +25,10 @@ def read_graph(model: nn.Module, example: Tensor) -> Network:
     Raises ValueError for an operation that is not supported, by its name and with the list of those that are, for
     more than one input or output, another dtype, or a batch. torch.export's own errors pass through.
     """
+    if any(isinstance(module, PQKLayer) for module in model.modules()):
+        raise ValueError("expected a plain network, got a prepared one: give pqk_fast.convert(model).eval()")
+    if any(module.training and isinstance(module, _BatchNorm | _DropoutNd) for module in model.modules()):
+        raise ValueError("expected a network in evaluation mode: call model.eval() first")
     if example.dim() < 1 or example.shape[0] != 1 or example.dtype != torch.float32:
         raise ValueError(
             f"expected an example of one fp32 input, shape [1, ...], got {example.dtype} {list(example.shape)}: "

@@ -68,12 +68,20 @@ class Layouts:
             if isinstance(op, Conv) and op.inputs[0] in self._groups:
                 group, border = self._groups[op.inputs[0]], _border(op)
                 group.border = (max(group.border[0], border[0]), max(group.border[1], border[1]))
+                group.pitch = max(group.pitch, op.out[1])  # padded by more than it takes away
         self.network = replace(network, ops=tuple(ops))
         self._deals = {op.output: op for op in ops if isinstance(op, Deal)}
         self._convolved = {op.inputs[0] for op in ops if isinstance(op, Conv)} - set(self._deals)
 
     def _join(self, network: Network) -> None:
         for op in network.ops:
+            if isinstance(op, Pool) and any(
+                k > n + 2 * p for k, n, p in zip(op.kernel, op.rows_columns, op.padding, strict=True)
+            ):
+                raise ValueError(
+                    f"a {op.verb} of {op.kernel} windows over {op.rows_columns} values (ceil_mode) is not supported: "
+                    "call the model itself"
+                )
             if isinstance(op, Conv | Pool):
                 self._groups[op.inputs[0]].shapes.add(op.rows_columns)
                 self._groups[op.output].shapes.add(op.out)

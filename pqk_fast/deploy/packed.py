@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pqk_fast.branches import require_prepared
 from pqk_fast.deploy.encodings import smallest
 from pqk_fast.deploy.integers import integers_of
-from pqk_fast.deploy.reader import ENCODINGS, FORMAT, VERSION, Packed, read_packed
+from pqk_fast.deploy.reader import ENCODINGS, FORMAT, VERSION, Packed, read_packed, weight_name
 from pqk_fast.files import replacing
+from pqk_fast.layers import PQKLayer
 from pqk_fast.models import create_model
 from pqk_fast.prepare import convert
 
@@ -36,10 +37,13 @@ def save_packed(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] 
     """
     layers = require_prepared(model)
     integers = {name: integers_of(name, layer) for name, layer in layers.items()}
+    # under every name that a shared module has
+    named = model.named_modules(remove_duplicate=False)
+    packed = {weight_name(name) for name, module in named if isinstance(module, PQKLayer)}
     rest = {
         name: tensor
         for name, tensor in convert(model).state_dict().items()
-        if not name.endswith(COUNTERS) and name not in {f"{layer}.weight" for layer in layers}
+        if not name.endswith(COUNTERS) and name not in packed
     }
     entries, steps, payloads = [], [], []
     for name, (q, step) in integers.items():
@@ -79,12 +83,19 @@ def fill(packed: Packed, model: nn.Module | None = None) -> nn.Module:
             raise ValueError("the file does not say which network it is of: give load_packed a plain model to fill")
         model = create_model(name, classes)
     state = {name: torch.from_numpy(value) for name, value in packed.state_dict().items()}
+    first: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = weight_name(first.setdefault(module, name))
+        if first[module] in packed.layers and weight in state:
+            state[weight_name(name)] = state[weight]
     counters = {name: value for name, value in model.state_dict().items() if name.endswith(COUNTERS)}
     model.load_state_dict({**counters, **state})
     return model.eval()
 
 
 def _fp32(name: str, tensor: Tensor) -> bytes:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinity: training had diverged, export an earlier checkpoint")
     as_fp32 = tensor.detach().cpu().to(torch.float32)
     if not torch.equal(as_fp32.to(tensor.dtype), tensor.detach().cpu()):
         raise ValueError(f"{name} ({tensor.dtype}) holds values that fp32 cannot: exclude it from the state dict")

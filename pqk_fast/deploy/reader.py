@@ -64,7 +64,12 @@ class Packed:
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Weights and all other tensors under the names of the float model's state dict."""
-        return {**{f"{name}.weight": layer.weight() for name, layer in self.layers.items()}, **self.tensors}
+        return {**{weight_name(name): layer.weight() for name, layer in self.layers.items()}, **self.tensors}
+
+
+def weight_name(layer: str) -> str:
+    """In a state dict; a model that is itself a layer has no name."""
+    return f"{layer}.weight".removeprefix(".")
 
 
 def read_packed(path: str | Path, most_weights: int = MOST_WEIGHTS) -> Packed:

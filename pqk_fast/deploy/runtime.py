@@ -19,8 +19,19 @@ from pqk_fast import dispatch
 from pqk_fast.deploy.packed import fill
 from pqk_fast.deploy.reader import Packed, PackedLayer, read_packed
 from pqk_fast.deploy.taps import as_places, in_dealt_planes, taps_of
+from pqk_fast.prepare import replace_modules, set_fast_paths
 
 SPARSE_BELOW = 0.5  # part of nonzero weights, where nothing was measured
+
+
+def _pads_with_zeros(layer: Any) -> bool:
+    """By numbers, as is computed here; another convolution stays the filled float layer."""
+    return isinstance(layer, nn.Linear) or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+
+
+def _check_padding(like: Any) -> None:
+    if not _pads_with_zeros(like):
+        raise ValueError(f"expected padding with zeros, given in numbers, got {like.padding_mode}, {like.padding}")
 
 
 class _PackedConv(nn.Module):
@@ -77,24 +88,27 @@ class _PackedConv(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         if not self._takes(x):
             settings = (self.stride, self.padding, self.dilation, self.groups)
-            out = F.conv2d(x, self.weight.to(x.dtype), self.bias, *settings)
+            out = F.conv2d(x, self.weight.to(x.dtype), self._bias(x), *settings)
             return out.relu_() if self.relu else out
-        height, width = x.shape[2:]
+        height, width = x.shape[-2:]
+        batch = x if x.dim() == 4 else x[None]
         made: Tensor = dispatch.sparse_conv2d(
-            x, self.first, self.offsets(height, width), self.value, self.bias, self.geometry, self.relu
+            batch, self.first, self.offsets(height, width), self.value, self.bias, self.geometry, self.relu
         )
-        return made
+        return made if x.dim() == 4 else made[0]
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {100 * self.density:.1f} % nonzero, {'sparse' if self.sparse else 'dense'}"
 
 
 class PackedConv2d(_PackedConv):
-    """``x [B, C, H, W]``, of a packed layer and the float layer whose settings and bias it has."""
+    """``x [B, C, H, W]`` or ``[C, H, W]``, of a packed layer and the float layer whose settings and bias it has."""
 
     def __init__(self, layer: PackedLayer, like: nn.Conv2d) -> None:
-        if like.padding_mode != "zeros" or isinstance(like.padding, str):
-            raise ValueError(f"expected padding with zeros, given in numbers, got {like.padding_mode}, {like.padding}")
+        _check_padding(like)
         settings: Any = (like.stride, like.padding, like.dilation, like.groups)
         super().__init__(layer, like.bias, *settings)
 
@@ -103,16 +117,15 @@ class PackedConv2d(_PackedConv):
 
 
 class PackedConv1d(_PackedConv):
-    """``x [B, C, L]``; see :class:`PackedConv2d`."""
+    """``x [B, C, L]`` or ``[C, L]``; see :class:`PackedConv2d`."""
 
     def __init__(self, layer: PackedLayer, like: nn.Conv1d) -> None:
-        if like.padding_mode != "zeros" or isinstance(like.padding, str):
-            raise ValueError(f"expected padding with zeros, given in numbers, got {like.padding_mode}, {like.padding}")
+        _check_padding(like)
         stride, dilation, padding = (1, like.stride[0]), (1, like.dilation[0]), (0, int(like.padding[0]))
         super().__init__(layer, like.bias, stride, padding, dilation, like.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(x.unsqueeze(2)).squeeze(2)
+        return self._convolve(x.unsqueeze(-2)).squeeze(-2)
 
 
 class PackedLinear(_PackedConv):
@@ -123,7 +136,7 @@ class PackedLinear(_PackedConv):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._takes(x):
-            out = F.linear(x, self.weight[:, :, 0, 0].to(x.dtype), self.bias)
+            out = F.linear(x, self.weight[:, :, 0, 0].to(x.dtype), self._bias(x))
             return out.relu_() if self.relu else out
         columns = x.reshape(1, -1, 1, x.shape[-1]).transpose(1, 3)
         return self._convolve(columns).transpose(1, 3).reshape(*x.shape[:-1], -1)
@@ -147,11 +160,11 @@ def load_runtime(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def to_runtime(packed: Packed, model: nn.Module | None = None) -> nn.Module:
     """:func:`load_runtime` of what was read already."""
     plain = fill(packed, model).requires_grad_(False)
-    for name, layer in packed.layers.items():
-        like = plain.get_submodule(name)
-        parent, _, attribute = name.rpartition(".")
-        setattr(plain.get_submodule(parent), attribute, _KINDS[type(like)](layer, like))
-    return plain.eval()
+    layers = {plain.get_submodule(name): layer for name, layer in packed.layers.items()}
+    made = {like: _KINDS[type(like)](layer, like) for like, layer in layers.items() if _pads_with_zeros(like)}
+    runtime = replace_modules(plain, dict(made))
+    set_fast_paths(runtime, allowed=False)
+    return runtime.eval()
 
 
 @torch.inference_mode()

@@ -51,9 +51,9 @@ class Detector:
         threshold: float = 0.75,
         rest: float = 0.5,
     ) -> None:
-        if not 0 < threshold <= 1 or min(hop, smoothing) <= 0 or rest < 0:
+        if not 0 < threshold <= 1 or not 0 < hop <= 1 or smoothing <= 0 or rest < 0:
             raise ValueError(
-                "expected a threshold in (0, 1], hop and smoothing > 0, rest >= 0 seconds, got "
+                "expected a threshold in (0, 1], hop in (0, 1], smoothing > 0, rest >= 0 seconds, got "
                 f"{threshold}, {hop}, {smoothing}, {rest}"
             )
         self.keywords = [i for i, label in enumerate(labels) if label not in FILLERS]
