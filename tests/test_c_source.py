@@ -294,7 +294,7 @@ def test_no_two_results_that_are_needed_share_memory(name: str) -> None:
 def test_names_and_paths(tmp_path: Path, gcc: str) -> None:
     """Any name, next to another network, in a new folder; modules may be called what they like."""
     torch.manual_seed(0)
-    names = ("for", "a_b", "a*/", "0", "x_weights", "/*??/\\")
+    names = ("for", "read", "a_b", "a*/", "0", "x_weights", "/*??/\\")
     model = nn.Sequential(OrderedDict([(name, nn.Linear(4, 4)) for name in names]))
     model.add_module("a", nn.Sequential(OrderedDict(b=nn.Linear(4, 4))))
     prepared = student(model, sparsity=0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 _READER = """\
@@ -277,6 +278,11 @@ def helpers(functions: Collection[str], layouts: Collection[str]) -> str:
     if {"average_pool", "max_pool"} & set(functions):
         parts.append(_POOL_SHAPE)
     return "\n".join([*parts, *(text for name, text in _FUNCTIONS.items() if name in functions)])
+
+
+def words() -> frozenset[str]:
+    """Everything that is a name in here, which a constant must not have."""
+    return frozenset(re.findall(r"[A-Za-z_]\w*", helpers([*_FUNCTIONS, "convolve"], _LAYOUTS)))
 
 
 def _reader(layouts: Collection[str]) -> str:

@@ -60,12 +60,13 @@ class Constants:
     weights: int = 0
     tables: int = 0
     names: dict[tuple[str, str], str] = field(default_factory=dict)
+    reserved: frozenset[str] = frozenset()
 
     def add(self, name: str, kind: str, content: str, about: str, weights: int = 0, tables: int = 0) -> str:
         """``kind`` holds ``@`` where the name comes; gives the name, with a number if another constant has it."""
         if (kind, content) in self.names:
             return self.names[kind, content]
-        taken, base, count = set(self.names.values()), name, 1
+        taken, base, count = {*self.names.values(), *self.reserved}, name, 1
         while name in taken:
             count += 1
             name = f"{base}_{count}"

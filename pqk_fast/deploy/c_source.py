@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk_fast.branches import require_prepared
-from pqk_fast.deploy.c_helpers import helpers
+from pqk_fast.deploy.c_helpers import helpers, words
 from pqk_fast.deploy.c_layouts import CLayer, Constants, Integers, comment, per_plane, store_struct, store_weights
 from pqk_fast.deploy.code_size import code_size
 from pqk_fast.deploy.graph import read_graph
@@ -75,7 +75,7 @@ def export_c(model: nn.Module, example: Tensor, path: str | Path, name: str = "s
     integers = _integers(model)
     network = read_graph(convert(model).cpu().eval(), example.detach().cpu())
     plan = make_plan(network)
-    constants = Constants()
+    constants = Constants(reserved=words())
     body, used, stored = _Writer(plan, constants, integers).stages()
     source_path, header_path = path.with_name(path.name + ".c"), path.with_name(path.name + ".h")
     report = CReport(
