@@ -56,11 +56,11 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert (tmp_path / "plain_loop.pt").is_file()
 
 
-@pytest.mark.parametrize("stopped_after", [2, 3, 4])
+@pytest.mark.parametrize("stopped_in", [3, 4, 5])
 def test_plain_loop_resumed_ends_with_the_same_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: int
 ) -> None:
-    """Stopped within phase 1, between the phases, and within phase 2."""
+    """Stopped in a save, which leaves the checkpoint before it: of phase 1, of its end, of phase 2."""
     module = example("plain_loop")
     monkeypatch.setattr(module, "EPOCHS", {1: 3, 2: 2})
     whole = module.main(["--checkpoint", str(tmp_path / "whole.pt")])
@@ -69,16 +69,17 @@ def test_plain_loop_resumed_ends_with_the_same_network(
     save = torch.save
 
     def save_and_stop(*arguments: Any) -> None:
-        save(*arguments)
         saves.append(arguments)
-        if len(saves) == stopped_after:
+        if len(saves) == stopped_in:
+            Path(arguments[1]).write_bytes(b"half of it")
             raise KeyboardInterrupt
+        save(*arguments)
 
     monkeypatch.setattr(torch, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         module.main(["--checkpoint", str(tmp_path / "stopped.pt")])
     resumed = module.main(["--checkpoint", str(tmp_path / "stopped.pt"), "--resume"])
-    assert len(saves) == 5
+    assert len(saves) == 6
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
