@@ -47,6 +47,8 @@ def test_the_readme_says_what_plus_reaches() -> None:
     for result, name in {"phase1_p": "phase1-P", "phase2_p": "phase2-P", "finetune": "finetuning"}.items():
         found = [results_of(5).sample(plus.PLUS, result, split=split).text() for split in ("validation", "testing")]
         assert f"{name} {' / '.join(found)}" in readme
+    other = [results_of(5).sample(plus.PLUS, "distill", plus.WITH_ALL, split=split) for split in plus.SPLITS]
+    assert f"gives {' / '.join(sample.text() for sample in other)}." in readme
     student, finetuned = (results_of(5).sample(plus.PLUS, result) for result in ("phase2_p", "finetune"))
     assert f"on testing phase 2 is {finetuned.minus(student).text()} points below finetuning" in readme
 

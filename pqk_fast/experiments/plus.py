@@ -166,7 +166,7 @@ def make_page(results: Results) -> Page:
         "All below phase1-P start from it and train for as many steps. The separate teacher is the vanilla network, "
         "whose own steps are not counted."
     )
-    page.items([_teacher_or_not(results)])
+    page.items(_verdicts(results))
     page.heading("What plus is")
     page.items([f"{part.title}: {part.text}." for part in INGREDIENTS])
     page.heading("What each ingredient gives")
@@ -208,10 +208,14 @@ def _against_the_paper(results: Results) -> Table:
     return table
 
 
-def _teacher_or_not(results: Results) -> str:
-    """The sentence on what phase 2 gives that finetuning does not."""
-    student, finetuned = (_sample(results, WHOLE, result, "testing") for result in ("phase2_p", "finetune"))
-    return verdict("phase2-P of plus", "finetuning from the same phase 1", student.minus(finetuned))
+def _verdicts(results: Results) -> list[str]:
+    """The sentences on what phase 2 gives that finetuning and another teacher do not."""
+    student = _sample(results, WHOLE, "phase2_p", "testing")
+    others = {"finetune": "finetuning from the same phase 1", "distill": "the vanilla network as teacher, from the same phase 1"}
+    return [
+        verdict("phase2-P of plus", name, student.minus(_sample(results, WHOLE, result, "testing")))
+        for result, name in others.items()
+    ]
 
 
 def _compared(results: Results, row: Row) -> list[str]:
