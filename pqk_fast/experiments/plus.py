@@ -211,9 +211,13 @@ def _against_the_paper(results: Results) -> Table:
 def _verdicts(results: Results) -> list[str]:
     """The sentences on what phase 2 gives that finetuning and another teacher do not."""
     student = _sample(results, WHOLE, "phase2_p", "testing")
-    others = {"finetune": "finetuning from the same phase 1", "distill": "the vanilla network as teacher, from the same phase 1"}
+    others = {"finetune": "finetuning", "distill": "the vanilla network as teacher,"}
     return [
-        verdict("phase2-P of plus", name, student.minus(_sample(results, WHOLE, result, "testing")))
+        verdict(
+            "phase2-P of plus",
+            f"{name} from the same phase 1",
+            student.minus(_sample(results, WHOLE, result, "testing")),
+        )
         for result, name in others.items()
     ]
 
