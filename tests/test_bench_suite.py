@@ -107,19 +107,23 @@ def test_compare_finds_an_operation_that_sleeps(
     bench: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A case measured twice, and once with an operation that sleeps a fifth longer. The clock counts what this thread
-    computes and how long it means to sleep, so that a busy machine changes nothing."""
+    computes and how long it means to sleep (all do, or microseconds of noise would count), so that a busy machine
+    changes nothing."""
     timing, slept = bench("timing"), 0.0
     clock = SimpleNamespace(perf_counter=lambda: time.thread_time() + slept)
     monkeypatch.setattr(timing, "time", clock)
 
     def record(name: str, seconds: float) -> Path:
-        def operation(x: torch.Tensor) -> torch.Tensor:
-            nonlocal slept
-            slept += seconds
-            return -x
+        def sleeping(seconds: float) -> Callable[[torch.Tensor], torch.Tensor]:
+            def operation(x: torch.Tensor) -> torch.Tensor:
+                nonlocal slept
+                slept += seconds
+                return -x
+
+            return operation
 
         def work() -> Any:
-            ways = {"pqk_fast": operation, "eager": torch.neg}
+            ways = {"pqk_fast": sleeping(seconds), "eager": sleeping(5e-3)}
             return timing.Workload({key: timing.called(way) for key, way in ways.items()}, lambda _: (torch.ones(9),))
 
         path = tmp_path / f"{name}.json"
