@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,6 +147,13 @@ def _two_pass(model: nn.Module, x: Any, index: Tensor | None = None) -> tuple[An
     return branch(model, "student")(x), branch(model, "teacher")(x_teacher)
 
 
+def _put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write to those alone that have changed, or a graph that was made before would find its masks written to."""
+    for buffer, value in buffers:
+        if not torch.equal(buffer, value):
+            buffer.copy_(value)
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients, dropout, autocast or cuDNN's TF32; buffers and random state are afterwards what they were."""
@@ -173,9 +180,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for setting, precision in precisions:
             setting.fp32_precision = precision
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):  # or a graph that was made before would find its masks written to
-                buffer.copy_(value)
+        _put_back(buffers)
         for module, name, rate in rates:
             setattr(module, name, rate)
 
@@ -220,9 +225,7 @@ def why_not_stacked(model: nn.Module, x: Any) -> str | None:
         start = [buffer.clone() for buffer in model.buffers()]
         expected = _two_pass(model, x, index)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        for buffer, value in zip(model.buffers(), start, strict=True):
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        _put_back(zip(model.buffers(), start, strict=True))
         try:
             got = _stacked(model, x, index)
             pairs = list(zip(_tensors(got, "output"), _tensors(expected, "output"), strict=True))

@@ -172,7 +172,7 @@ class Phase2Callback(_PhaseCallback):
         if all(layer.weight_mask.all() for layer in layers):
             # A new module, of which nothing is pruned, can only be one that a checkpoint brings into phase 2.
             for layer in layers:
-                layer.phase2_step = self.step_size or layer.phase2_step
+                layer.set_phase2_step(self.step_size or layer.phase2_step)
         else:
             self._start(pl_module)
 

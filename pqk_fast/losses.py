@@ -49,9 +49,8 @@ class DistillationLoss(nn.Module):
                 "outputs into that form, pixels or tokens as rows of the batch"
             )
         temperature = self.temperature
-        wide = torch.promote_types(
-            logits.dtype, torch.float32
-        )  # the divergence of neighbours is below bf16's roundings
+        # The divergence of neighbours is below bf16's roundings.
+        wide = torch.promote_types(logits.dtype, torch.float32)
         logits, other = logits.to(wide), other.to(wide)
         log_p = F.log_softmax(logits / temperature, dim=-1)
         log_other = F.log_softmax(other.detach() / temperature, dim=-1)

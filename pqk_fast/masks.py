@@ -148,12 +148,12 @@ class Pruner:
         self._final_unseen = False
         self._counted = 0  # steps in this process, as against `iteration` of a run that was resumed
         self._all_ran = False
-        found = [(layer, layer.weight_mask.clone()) for layer in layers.values()]
-        pruned = not all(bool(mask.all()) for _, mask in found)
+        pruned = not all(bool(layer.weight_mask.all()) for layer in layers.values())
+        found = [(layer, layer.weight_mask.clone()) for layer in layers.values() if pruned]
         self._plan(0)
         self._make_masks()
         # Of a model that has been pruned: should a position be loaded next, it goes on with the masks that it had.
-        self._found = [(layer, layer.weight_mask.clone(), mask) for layer, mask in found] if pruned else []
+        self._found = [(layer, layer.weight_mask.clone(), mask) for layer, mask in found]
         self._warn_of_one_shot()
         self.check()
 

@@ -114,7 +114,7 @@ def prepare(model: Model, config: PQKConfig | None = None, filter_fn: FilterFn |
             if kind is None:
                 left_float.append(f"{name} ({type(module).__name__})")
                 continue
-            own = names.get(module.weight, [name])
+            own = names[module.weight]
             layer = kind.from_float(module, config, of_layer("layer_bits", config.layer_bits, own))
             layer.own_sparsity = of_layer("layer_sparsity", config.layer_sparsity, own)
             _share_with_twin(layer, twins)

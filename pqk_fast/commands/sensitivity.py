@@ -64,7 +64,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     if chosen:
         console.print(escape("\n".join([f"for {args.bytes:,} bytes, in a recipe:\n", "[pqk.layer_bits]", *chosen])))
     elif args.bytes:
-        raise ValueError(f"the layers take at least {least_bytes(rows)} bytes with these bits, got {args.bytes}")
+        choose_bits(rows, args.bytes)  # says that nothing fits
 
 
 def measured(model: nn.Module, splits: Splits, bits: Sequence[int], sparsities: Sequence[float] = ()) -> list[Row]:

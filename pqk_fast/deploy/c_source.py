@@ -18,6 +18,7 @@ from pqk_fast.deploy.graph import read_graph
 from pqk_fast.deploy.integers import integers_of
 from pqk_fast.deploy.memory_plan import Plan, Stage, make_plan
 from pqk_fast.deploy.operations import INPUT, Add, Affine, Conv, Mean, Network, Op, Pool, Rearrange, Relu
+from pqk_fast.deploy.reader import weight_name
 from pqk_fast.files import replacing
 from pqk_fast.layers import PQKLayer
 from pqk_fast.prepare import convert
@@ -100,7 +101,7 @@ def _integers(model: nn.Module) -> dict[str, Integers]:
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, PQKLayer):
             q, step = integers_of(name, layer)
-            found[f"{name}.weight".lstrip(".")] = Integers(q, step.astype(np.float64), layer.bits)
+            found[weight_name(name)] = Integers(q, step.astype(np.float64), layer.bits)
     return found
 
 

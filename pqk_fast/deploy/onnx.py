@@ -23,6 +23,7 @@ from pqk_fast.branches import require_prepared
 from pqk_fast.deploy.encodings import encode
 from pqk_fast.deploy.integers import integers_of
 from pqk_fast.deploy.program import Example, described, trace
+from pqk_fast.deploy.reader import weight_name
 from pqk_fast.files import replacing
 from pqk_fast.layers import PQKLayer
 from pqk_fast.settings import is_quantized
@@ -111,7 +112,7 @@ def _grids(model: nn.Module, program: ExportedProgram) -> dict[str, Grid]:
     read = {parameters[node.name] for node in program.graph.nodes if node.name in parameters and node.users}
     grids = {}
     for module, layer in model.named_modules(remove_duplicate=False):
-        name = f"{module}.weight".removeprefix(".")
+        name = weight_name(module)
         if isinstance(layer, PQKLayer) and name in read:
             q, scale = integers_of(module, layer)
             given = reference.dequantize(torch.from_numpy(q).float(), torch.from_numpy(scale))

@@ -85,9 +85,9 @@ def fill(packed: Packed, model: nn.Module | None = None) -> nn.Module:
     state = {name: torch.from_numpy(value) for name, value in packed.state_dict().items()}
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = weight_name(first.setdefault(module, name))
-        if first[module] in packed.layers and weight in state:
-            state[weight_name(name)] = state[weight]
+        known = first.setdefault(module, name)
+        if known in packed.layers:
+            state[weight_name(name)] = state[weight_name(known)]
     counters = {name: value for name, value in model.state_dict().items() if name.endswith(COUNTERS)}
     model.load_state_dict({**counters, **state})
     return model.eval()

@@ -171,7 +171,7 @@ def _index(packed: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]], d
         if isinstance(error, PackedError):
             raise
         raise PackedError(f"the index is damaged ({str(error)[:80]})") from None
-    names = [f"{layer['name']}.weight" for layer in read[0]] + [tensor["name"] for tensor in read[1]]
+    names = [weight_name(layer["name"]) for layer in read[0]] + [tensor["name"] for tensor in read[1]]
     need(len(set(names)) == len(names), "the index names a tensor twice")
     need(isinstance(metadata, dict), "the index has no metadata")
     return read
